@@ -1,0 +1,103 @@
+"""What a user imports: the public names, each loaded on first use.
+
+`import shardpoint` loads neither torch nor numpy; `shardpoint.save_checkpoint` does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardpoint.adapters.state import RunState, TrainState
+    from shardpoint.booster import Booster, DistCoordinator
+    from shardpoint.checkpointer import Checkpointer, PendingSave
+    from shardpoint.ckpt_io import load_checkpoint, load_json, save_checkpoint, save_json
+    from shardpoint.engine import SaveResult
+    from shardpoint.errors import (
+        AlreadyExistsError,
+        CheckpointError,
+        ChecksumError,
+        CollectiveTimeout,
+        CommitUnknownError,
+        CorruptionError,
+        DistributedError,
+        FencedError,
+        ManifestError,
+        MismatchError,
+        NotFoundError,
+        PeerError,
+        RootBusyError,
+        StorageError,
+        TornCheckpointError,
+        TruncatedError,
+        UnsupportedFormatError,
+        UsageError,
+    )
+    from shardpoint.policies import Every, Latest
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyExistsError",
+    "Booster",
+    "CheckpointError",
+    "Checkpointer",
+    "ChecksumError",
+    "CollectiveTimeout",
+    "CommitUnknownError",
+    "CorruptionError",
+    "DistCoordinator",
+    "DistributedError",
+    "Every",
+    "FencedError",
+    "Latest",
+    "ManifestError",
+    "MismatchError",
+    "NotFoundError",
+    "PeerError",
+    "PendingSave",
+    "RootBusyError",
+    "RunState",
+    "SaveResult",
+    "StorageError",
+    "TornCheckpointError",
+    "TrainState",
+    "TruncatedError",
+    "UnsupportedFormatError",
+    "UsageError",
+    "__version__",
+    "load_checkpoint",
+    "load_json",
+    "save_checkpoint",
+    "save_json",
+]
+
+# name -> the module that defines it; an error class's is shardpoint.errors
+_HOMES = {
+    "Booster": "shardpoint.booster",
+    "Checkpointer": "shardpoint.checkpointer",
+    "DistCoordinator": "shardpoint.booster",
+    "Every": "shardpoint.policies",
+    "Latest": "shardpoint.policies",
+    "PendingSave": "shardpoint.checkpointer",
+    "RunState": "shardpoint.adapters.state",
+    "SaveResult": "shardpoint.engine",
+    "TrainState": "shardpoint.adapters.state",
+    "load_checkpoint": "shardpoint.ckpt_io",
+    "load_json": "shardpoint.ckpt_io",
+    "save_checkpoint": "shardpoint.ckpt_io",
+    "save_json": "shardpoint.ckpt_io",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES.get(name, "shardpoint.errors")), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

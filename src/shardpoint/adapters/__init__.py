@@ -1,0 +1,1 @@
+"""What touches torch: process groups, state dictionaries, tensors; everything below this floor works without it."""

@@ -1,0 +1,129 @@
+"""How an optimizer follows its parameters when the model's are replaced: by name, in place.
+
+`fully_shard` puts new DTensor parameters where the plain ones were, and an optimizer made before would go on stepping
+the old ones, silently. What is checked is checked before anything changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from shardpoint.errors import UsageError
+
+GroupNames = list[list[str]]
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the sharded parameters back into every FSDP2 module (a forward alone leaves the root unsharded)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def optimized_names(model: nn.Module, optimizer: Optimizer) -> GroupNames:
+    """Return, group by group, the model's name of each parameter that the optimizer steps.
+
+    Raises:
+        UsageError: the optimizer holds a parameter that is not the model's, or keeps its true state in an optimizer
+            inside itself.
+    """
+    for attribute, value in vars(optimizer).items():
+        if isinstance(value, Optimizer) and value.param_groups is not optimizer.param_groups:
+            raise UsageError(
+                f"{type(optimizer).__name__} keeps another optimizer ({type(value).__name__}) in its attribute "
+                f"{attribute!r}, and its parameters and state with it; boost that one, or use a plain torch optimizer"
+            )
+    reshard(model)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: GroupNames = []
+    for group_index, group in enumerate(optimizer.param_groups):
+        names.append([])
+        for index, parameter in enumerate(group["params"]):
+            name = name_of.get(id(parameter))
+            if name is None:
+                raise UsageError(
+                    f"parameter {index} of the optimizer's group {group_index} (shape {list(parameter.shape)}) is not "
+                    f"a parameter of the model ({type(model).__name__}); make the optimizer from the parameters of the "
+                    "very model that is boosted, after everything that replaces them (LoRA, resized embeddings)"
+                )
+            names[-1].append(name)
+    return names
+
+
+def check_can_shard(optimizer: Optimizer, names: GroupNames) -> None:
+    """Check that everything the optimizer and its parameters carry can go along when they are sharded.
+
+    Raises:
+        UsageError: it holds state of another shape than its parameter's, state of an already sharded parameter, or a
+            parameter has a gradient or hooks, which `fully_shard` would drop.
+    """
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        for parameter, name in zip(group["params"], group_names, strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor) or value.ndim == 0:
+                    continue
+                if value.shape != parameter.shape:
+                    raise UsageError(
+                        f"the optimizer's state {key!r} of {name} has shape {list(value.shape)}, the parameter "
+                        f"{list(parameter.shape)}: it cannot be sharded along; boost before the first step, or use an "
+                        "optimizer whose state has its parameters' shapes"
+                    )
+                if isinstance(value, DTensor):
+                    raise UsageError(
+                        f"the optimizer already has state {key!r} of {name}, which is distributed already (tensor "
+                        "parallel): it cannot be sharded further; boost before the first step"
+                    )
+
+
+def check_unused(model: nn.Module) -> None:
+    """Check that no parameter carries what lives on the Parameter object, which `fully_shard` replaces.
+
+    Raises:
+        UsageError: a parameter has a gradient, or hooks.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            raise UsageError(f"{name} has a gradient, which sharding would drop: zero_grad() before boost()")
+        if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UsageError(f"{name} has hooks, which sharding would drop: register them after boost()")
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the sets of names that share one parameter, of two names or more."""
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    return [names for names in by_parameter.values() if len(names) > 1]
+
+
+def repoint(model: nn.Module, optimizer: Optimizer, names: GroupNames) -> None:
+    """Give the optimizer the model's present parameters under the same names, and take its state along.
+
+    The optimizer, its group dicts and their lists stay the objects they were: a scheduler bound to them still works.
+    State of a parameter's shape gets its placements and device; scalars stay as they are.
+    """
+    present = dict(model.named_parameters())
+    for group, group_names in zip(optimizer.param_groups, names, strict=True):
+        parameters: list[nn.Parameter] = group["params"]
+        for index, name in enumerate(group_names):
+            old, new = parameters[index], present[name]
+            state = optimizer.state.pop(old, None)
+            parameters[index] = new
+            if state is not None:
+                optimizer.state[new] = {key: _placed_like(value, new) for key, value in state.items()}
+
+
+def _placed_like(value: Any, parameter: nn.Parameter) -> Any:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
+        # No communication (src_data_rank=None): every rank cuts its own shard from what it holds.
+        on_device = value.to(parameter.to_local().device)
+        return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value.to(parameter.device)

@@ -1,0 +1,136 @@
+"""What the checksum of a tensor is, computed from parts that any number of ranks hold in any order.
+
+CRC-64/NVME is linear over GF(2): with `shift(x, n)` for "n zero bytes follow" and `zeros(n)` for the CRC of n zero bytes,
+
+    crc(whole) = zeros(total) XOR (XOR over runs of shift(crc(run) XOR zeros(len(run)), bytes after the run))
+
+so each rank XORs up its own runs into a `Partial` of 8 bytes and the coordinator XORs those. XOR alone does not notice a run
+that nobody owned (it counts as zeros, which is what a preallocated file holds) or one that was counted twice (it cancels);
+therefore a partial also carries `sum(len)` and `sum(end^2 - start^2)`, which must come to `(n, n^2)`.
+
+Source: CRC-64/NVME as in the NVMe base specification and S3's `ChecksumCRC64NVME`; awscrt's `combine_crc64nvme`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from awscrt import checksums
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_MASK_64 = (1 << 64) - 1
+
+
+def crc64(data: Buffer, previous: int = 0) -> int:
+    """Return the CRC-64/NVME of some bytes, going on from `previous` (the CRC of the bytes before them).
+
+    Args:
+        data: any C-contiguous buffer. Calls of 64 KiB and more release the GIL.
+        previous: 0, or the CRC so far.
+
+    Examples:
+        >>> hex(crc64(b"123456789"))
+        '0xae8b14860a799888'
+    """
+    return int(checksums.crc64nvme(data, previous))
+
+
+def combine(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC of A||B from the CRCs of A and of B, and B's length in bytes."""
+    return int(checksums.combine_crc64nvme(first, second, second_bytes))
+
+
+def shift(crc: int, num_bytes: int) -> int:
+    """Return the linear contribution of bytes that `num_bytes` other bytes follow."""
+    return int(checksums.combine_crc64nvme(crc, 0, num_bytes))
+
+
+@lru_cache(maxsize=4096)
+def zeros(num_bytes: int) -> int:
+    """Return the CRC of `num_bytes` zero bytes, by doubling."""
+    result, block, block_bytes = 0, crc64(b"\0"), 1
+    while num_bytes:
+        if num_bytes & 1:
+            result = combine(result, block, block_bytes)
+        num_bytes >>= 1
+        if num_bytes:
+            block = combine(block, block, block_bytes)
+            block_bytes *= 2
+    return result
+
+
+def to_hex(crc: int) -> str:
+    """Return a CRC as 16 hex digits, the form that manifests use.
+
+    Examples:
+        >>> to_hex(255)
+        '00000000000000ff'
+    """
+    return f"{crc:016x}"
+
+
+@dataclass(slots=True)
+class Partial:
+    """One rank's part of one tensor's checksum, with the evidence of which bytes it covers.
+
+    Attributes:
+        crc: XOR of the shifted contributions of the runs.
+        sum_bytes: sum of the runs' lengths.
+        sum_squares: sum of `end^2 - start^2` over the runs.
+    """
+
+    crc: int = 0
+    sum_bytes: int = 0
+    sum_squares: int = 0
+
+    def add(self, run_crc: int, byte_offset: int, num_bytes: int, total_bytes: int) -> None:
+        """Count one run.
+
+        Args:
+            run_crc: plain CRC of the run's bytes.
+            byte_offset: where it starts in the tensor.
+            num_bytes: its length.
+            total_bytes: the tensor's length.
+        """
+        end = byte_offset + num_bytes
+        self.crc ^= shift(run_crc ^ zeros(num_bytes), total_bytes - end)
+        self.sum_bytes += num_bytes
+        self.sum_squares += end * end - byte_offset * byte_offset
+
+    def merge(self, other: Partial) -> None:
+        """Count another rank's runs too."""
+        self.crc ^= other.crc
+        self.sum_bytes += other.sum_bytes
+        self.sum_squares += other.sum_squares
+
+    def covers(self, total_bytes: int) -> bool:
+        """Whether the runs counted so far cover each of `total_bytes` bytes exactly once."""
+        return (self.sum_bytes, self.sum_squares) == (total_bytes, total_bytes * total_bytes)
+
+    def whole_crc(self, total_bytes: int) -> int:
+        """Return the whole tensor's CRC; only meaningful when the runs `covers` it."""
+        return self.crc ^ zeros(total_bytes)
+
+
+_PACKED = struct.Struct("<IQQQQ")
+
+
+def pack_partials(partials: Iterable[tuple[int, Partial]]) -> bytes:
+    """Return (tensor index, partial) pairs as 36 bytes each, for a vote."""
+    return b"".join(
+        _PACKED.pack(index, p.crc, p.sum_bytes, p.sum_squares & _MASK_64, p.sum_squares >> 64) for index, p in partials
+    )
+
+
+def unpack_partials(packed: bytes) -> list[tuple[int, Partial]]:
+    """Return the pairs that `pack_partials` packed."""
+    return [
+        (index, Partial(crc, sum_bytes, low | (high << 64)))
+        for index, crc, sum_bytes, low, high in _PACKED.iter_unpack(packed)
+    ]

@@ -1,0 +1,28 @@
+"""The only place where a checkpoint becomes visible, is replaced, or goes away; and who may do that."""
+
+from shardpoint.commit.attempt import Attempt
+from shardpoint.commit.ownership import RootOwner, acquire_root, owned_root
+from shardpoint.commit.publish import publish, publish_file
+from shardpoint.commit.removal import prune
+from shardpoint.commit.visible import (
+    CONTROL_DIRECTORY,
+    Committed,
+    committed_checkpoints,
+    find_committed,
+    read_manifest,
+)
+
+__all__ = [
+    "CONTROL_DIRECTORY",
+    "Attempt",
+    "Committed",
+    "RootOwner",
+    "acquire_root",
+    "committed_checkpoints",
+    "find_committed",
+    "owned_root",
+    "prune",
+    "publish",
+    "publish_file",
+    "read_manifest",
+]

@@ -1,0 +1,124 @@
+"""What one try at saving a step is on disk before it is committed: directories, sized files, headers.
+
+The coordinator alone opens an attempt: it makes every directory and every tensor file, reserves the space (so a full disk
+fails here, before a byte moved) and writes the headers. Ranks then open the files without creating or truncating them.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shardpoint.commit.ownership import RootOwner
+from shardpoint.commit.visible import find_committed
+from shardpoint.container import FileLayout
+from shardpoint.errors import AlreadyExistsError, CheckpointError, UsageError
+from shardpoint.storage import Store
+
+
+@dataclass
+class Attempt:
+    """One try; made by `Attempt.open` on the coordinator.
+
+    Attributes:
+        store: the root.
+        owner: the hold on it.
+        name: the name that it will have when it is committed.
+        attempt_id: 32 hex digits; becomes the checkpoint's id.
+        sequence: the commit sequence number, taken when the save started.
+        replaces: the id of the checkpoint that now has the name, or None.
+        directories: every directory in it, relative to it, parents first.
+        notes: what a person should know (space that could not be reserved).
+    """
+
+    store: Store
+    owner: RootOwner
+    name: str
+    attempt_id: str
+    sequence: int
+    replaces: str | None
+    directories: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Where the attempt is, relative to the root."""
+        return f"{self.owner.key}/attempt-{self.name}-{self.attempt_id}"
+
+    @classmethod
+    def open(
+        cls,
+        store: Store,
+        owner: RootOwner,
+        name: str,
+        *,
+        files: Mapping[str, FileLayout] | None = None,
+        directories: Iterable[str] = (),
+    ) -> Attempt:
+        """Make the attempt's directories and files.
+
+        Args:
+            store: the root.
+            owner: the hold on it.
+            name: the name to commit to, one path component.
+            files: path relative to the attempt -> layout, for each tensor file; its header is written.
+            directories: further directories, relative to the attempt.
+
+        Raises:
+            UsageError: the name is not one path component.
+            AlreadyExistsError: something that is not a committed checkpoint has the name.
+            FencedError: the root was lost.
+            StorageError: for example no space; what was made is deleted again.
+        """
+        if not name or name in (".", "..") or "/" in name or "\0" in name or name.startswith(".shardpoint"):
+            text = f"{name!r} cannot be the name of a checkpoint: it must be one path component"
+            raise UsageError(text)
+        owner.check_alive(store)
+        present = find_committed(store, name)
+        if present is None and store.exists(name):
+            text = (
+                f"{name} in {store.location} is there and is not a committed Shardpoint checkpoint: move it away, or save "
+                "to another directory"
+            )
+            raise AlreadyExistsError(text)
+        replaces = present.manifest.checkpoint_id if present is not None and present.manifest is not None else None
+        attempt = cls(store, owner, name, uuid.uuid4().hex, owner.take_sequence(), replaces)
+        try:
+            attempt._make(files or {}, directories)
+        except CheckpointError as error:
+            attempt.abandon(error)
+            raise
+        return attempt
+
+    def _make(self, files: Mapping[str, FileLayout], directories: Iterable[str]) -> None:
+        wanted: set[str] = set()
+        for path in [*directories, *(path.rpartition("/")[0] for path in files)]:
+            while path:
+                wanted.add(path)
+                path = path.rpartition("/")[0]  # noqa: PLW2901 - walks up to the top
+        self.store.make_directory(self.key)
+        self.directories = sorted(wanted, key=lambda path: (path.count("/"), path))
+        for directory in self.directories:
+            self.store.make_directory(f"{self.key}/{directory}")
+        for path, layout in files.items():
+            note = self.store.create_file(f"{self.key}/{path}", layout.num_bytes)
+            if note is not None and note not in self.notes:
+                self.notes.append(note)
+            writer = self.store.open_writer(f"{self.key}/{path}")
+            try:
+                writer.write_at(layout.header, 0)
+            finally:
+                writer.close()
+
+    def abandon(self, reason: BaseException) -> None:
+        """Delete a failed attempt; where that fails too, say so on the error that is on its way up.
+
+        Args:
+            reason: the error; the next owner of the root sweeps what could not be deleted.
+        """
+        try:
+            if self.store.exists(self.key):
+                self.store.remove_tree(self.key)
+        except CheckpointError as error:
+            reason.add_note(f"the torn attempt {self.key} could not be deleted ({error}); the next run sweeps it")

@@ -1,0 +1,39 @@
+"""How a committed checkpoint goes away: out of sight first, durably, and only then deleted."""
+
+from __future__ import annotations
+
+from shardpoint.commit.ownership import RootOwner
+from shardpoint.commit.visible import find_committed
+from shardpoint.errors import NotFoundError
+from shardpoint.manifest import MANIFEST_NAME
+from shardpoint.storage import Store, SyncPoint
+
+
+def prune(store: Store, owner: RootOwner, name: str) -> None:
+    """Delete a committed checkpoint.
+
+    Args:
+        store: the root.
+        owner: the hold on it.
+        name: the checkpoint; nothing but a committed checkpoint is ever deleted.
+
+    Raises:
+        NotFoundError: there is no committed checkpoint of that name.
+        FencedError: another run took the root over; nothing was deleted.
+        StorageError: the rename, the fsync or the deletion failed; what is left is swept by the next run.
+
+    Durability:
+        On return the checkpoint is gone, and a power loss does not bring back a part of it.
+    """
+    present = find_committed(store, name)
+    if present is None or present.key != name or present.manifest is None:
+        text = f"{name} in {store.location} is not a committed checkpoint: nothing was deleted"
+        raise NotFoundError(text)
+    trash = f"{owner.key}/trash-{present.manifest.checkpoint_id}"
+    try:
+        store.rename(name, trash)
+    except NotFoundError:
+        owner.check_alive(store)
+        raise
+    store.sync_directory("", SyncPoint.ROOT)
+    store.remove_tree(trash, first=MANIFEST_NAME)

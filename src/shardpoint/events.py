@@ -1,0 +1,37 @@
+"""What happened during a save or a load, as values that a listener receives.
+
+The default listener logs through the standard library's `shardpoint` logger; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_logger = logging.getLogger("shardpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"`, `"rng_derived"`.
+        message: one sentence for a person.
+        key: what it happened to, relative to the root.
+        level: a `logging` level.
+    """
+
+    kind: str
+    message: str
+    key: str = ""
+    level: int = logging.INFO
+
+
+Listener = Callable[[Event], None]
+
+
+def log_event(event: Event) -> None:
+    """Log one event (the default listener)."""
+    _logger.log(event.level, "%s", event.message)

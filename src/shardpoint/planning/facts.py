@@ -1,0 +1,164 @@
+"""What is true of every tensor, on every rank: one rank's table of facts, and the merged table that all ranks plan from.
+
+Ranks' own tables legitimately differ (pipeline stages, norms on a smaller mesh, plain tensors without a mesh), so only
+distinct tables travel and the digest that must agree is that of the *merged* table. A digest covers names, shapes, dtypes,
+placements and meshes, never names alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import msgspec
+
+from shardpoint.dtypes import stored_form, tensor_bytes
+from shardpoint.errors import UsageError
+from shardpoint.layout import Mesh, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFact:
+    """What one rank knows of one tensor that it holds (a part of).
+
+    Attributes:
+        part: the directory that it belongs to (`"modeling"`, `"actor/optimizer"`).
+        fqn: the parameter's or buffer's name in the unwrapped model.
+        state: the optimizer state's name, or None for weights.
+        key: its name in the file.
+        dtype: logical dtype name.
+        shape: logical global shape.
+        mesh: index into the table's meshes, or None: a plain tensor, which nothing guarantees to be equal across ranks.
+        placements: one per mesh axis; empty without a mesh.
+    """
+
+    part: str
+    fqn: str
+    state: str | None
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    mesh: int | None = None
+    placements: tuple[Placement, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One rank's facts, in the order of its model."""
+
+    meshes: tuple[Mesh, ...]
+    facts: tuple[TensorFact, ...]
+
+
+def encode_table(table: Table) -> bytes:
+    """Return a table as bytes: equal tables give equal bytes."""
+    return msgspec.msgpack.encode(table)
+
+
+def decode_table(data: bytes) -> Table:
+    """Return the table that `encode_table` encoded."""
+    return msgspec.msgpack.decode(data, type=Table)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """One way in which ranks hold a tensor.
+
+    Attributes:
+        ranks: those whose table says so, ascending.
+        mesh: over which it is spread, or None for a plain tensor.
+        placements: one per mesh axis.
+    """
+
+    ranks: tuple[int, ...]
+    mesh: Mesh | None
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor, as all ranks together know it."""
+
+    part: str
+    fqn: str
+    state: str | None
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    holdings: tuple[Holding, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the whole tensor."""
+        return tensor_bytes(*stored_form(self.dtype, self.shape))
+
+    @property
+    def label(self) -> str:
+        """The tensor's name for a person: part, name and state."""
+        return f"{self.part}: {self.fqn}" + (f" [{self.state}]" if self.state is not None else "")
+
+
+@dataclass(frozen=True)
+class MergedTable:
+    """All ranks' facts."""
+
+    entries: tuple[Entry, ...]
+    world_size: int
+    _index: dict[tuple[str, str], int] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ when anything in the table differs."""
+        return hashlib.sha256(msgspec.msgpack.encode((self.entries, self.world_size))).digest()
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(entry.num_bytes for entry in self.entries)
+
+
+def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int) -> MergedTable:
+    """Merge the ranks' tables into one.
+
+    Args:
+        tables: each distinct table, with the ranks whose table it is; ascending by lowest rank.
+        world_size: the number of ranks.
+
+    Returns:
+        The merged table; entries stand in the order in which the tables, one after another, first name them.
+
+    Raises:
+        UsageError: two ranks describe one name differently, or one rank names a tensor twice.
+    """
+    merged: dict[tuple[str, str], tuple[TensorFact, list[Holding]]] = {}
+    conflicts: list[str] = []
+    for ranks, table in tables:
+        seen: set[tuple[str, str]] = set()
+        for fact in table.facts:
+            name = (fact.part, fact.key)
+            if name in seen:
+                conflicts.append(f"rank {ranks[0]} has two tensors called {fact.key!r} in {fact.part}")
+            seen.add(name)
+            mesh = None if fact.mesh is None else table.meshes[fact.mesh]
+            holding = Holding(tuple(ranks), mesh, fact.placements)
+            known = merged.setdefault(name, (fact, []))
+            if _identity(known[0]) != _identity(fact):
+                conflicts.append(
+                    f"{fact.part}/{fact.key}: rank {known[1][0].ranks[0]} has {known[0].dtype} {list(known[0].shape)} of "
+                    f"{known[0].fqn}, rank {ranks[0]} has {fact.dtype} {list(fact.shape)} of {fact.fqn}"
+                )
+            known[1].append(holding)
+    if conflicts:
+        text = "the ranks do not describe the same tensors:\n  " + "\n  ".join(conflicts)
+        raise UsageError(text)
+    entries = tuple(
+        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, tuple(holdings))
+        for fact, holdings in merged.values()
+    )
+    return MergedTable(entries, world_size)
+
+
+def _identity(fact: TensorFact) -> tuple[str, str | None, str, tuple[int, ...]]:
+    return fact.fqn, fact.state, fact.dtype, fact.shape

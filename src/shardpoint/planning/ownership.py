@@ -1,0 +1,139 @@
+"""Which bytes of which tensor each rank writes, so that every byte has exactly one writer and replicas share the work.
+
+Ranks that hold the same bytes (replicas) form a group. The shards that a group holds are laid end to end, in table order,
+and cut into as many equal pieces as the group has members: each member writes one piece. A cut is moved down to a multiple
+of 4096 bytes inside its tensor, so small tensors have one writer and large ones are shared. A plain tensor, which nothing
+guarantees to be equal across ranks, is written whole by the lowest rank that holds it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from shardpoint.dtypes import itemsize_bytes, stored_form
+from shardpoint.geometry import Region, Runs, runs
+from shardpoint.layout import Mesh, Placement, owned_region, replica_ranks
+from shardpoint.planning.facts import Entry, MergedTable
+
+CUT_ALIGNMENT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class WriteItem:
+    """The part of one tensor that a rank owns.
+
+    Attributes:
+        entry: index of the tensor in the merged table.
+        region: all of the tensor that the rank holds.
+        local_start: first byte, in the rank's own shard, that it owns.
+        local_stop: the byte after the last.
+    """
+
+    entry: int
+    region: Region
+    local_start: int
+    local_stop: int
+
+    def runs(self, table: MergedTable) -> Runs:
+        """Return the owned bytes as runs within the whole tensor."""
+        return held_runs(table.entries[self.entry], self.region).clip(self.local_start, self.local_stop)
+
+
+def held_runs(entry: Entry, region: Region) -> Runs:
+    """Return all bytes of a region as runs within the whole tensor, in stored form."""
+    dtype, shape = stored_form(entry.dtype, entry.shape)
+    extra = Region.whole(shape[len(entry.shape) :])
+    return runs(Region(region.spans + extra.spans), shape, itemsize_bytes(dtype))
+
+
+def held_region(entry: Entry, rank: int) -> Region | None:
+    """Return the part of a tensor that a rank holds, or None when it holds none of it."""
+    for holding in entry.holdings:
+        if rank not in holding.ranks:
+            continue
+        if holding.mesh is None:
+            return Region.whole(entry.shape)
+        coordinate = holding.mesh.coordinate(rank)
+        if coordinate is None:
+            return None
+        return owned_region(entry.shape, holding.mesh.shape, coordinate, holding.placements)
+    return None
+
+
+def _writers(entry: Entry) -> tuple[list[Mesh], tuple[Placement, ...]] | int:
+    """Return the meshes whose ranks write the tensor, with their placements, or the one rank that writes it whole.
+
+    Several meshes of one shape with the same placements (the data-parallel axis as each tensor-parallel rank sees it) hold
+    the same parts, so they share the work. Where ranks hold a tensor in different ways, those of the lowest rank write it.
+    """
+    spread = [holding for holding in entry.holdings if holding.mesh is not None]
+    if not spread:
+        return min(holding.ranks[0] for holding in entry.holdings)
+    first = min(spread, key=lambda holding: holding.ranks[0])
+    assert first.mesh is not None  # noqa: S101 - for the type checker: `spread` has only holdings with a mesh
+    alike = {
+        holding.mesh: None
+        for holding in spread
+        if holding.mesh is not None
+        and holding.mesh.shape == first.mesh.shape
+        and holding.placements == first.placements
+    }
+    return list(alike), first.placements
+
+
+def _share(entry: Entry, rank: int) -> tuple[Region, tuple[int, ...]] | None:
+    """Return the part that a rank's group writes and the group's members, or None when the rank writes none of it."""
+    writers = _writers(entry)
+    if isinstance(writers, int):
+        return (Region.whole(entry.shape), (rank,)) if writers == rank else None
+    meshes, placements = writers
+    coordinate = next((found for mesh in meshes if (found := mesh.coordinate(rank)) is not None), None)
+    if coordinate is None:
+        return None
+    members = sorted({member for mesh in meshes for member in replica_ranks(mesh, placements, coordinate)})
+    return owned_region(entry.shape, meshes[0].shape, coordinate, placements), tuple(members)
+
+
+def owned_items(table: MergedTable, rank: int) -> list[WriteItem]:
+    """Return what a rank writes.
+
+    Args:
+        table: the merged table, the same on every rank.
+        rank: which rank.
+
+    Returns:
+        One item for each tensor of which the rank owns at least a byte, in table order.
+    """
+    groups: dict[tuple[int, ...], list[tuple[int, Region, int]]] = defaultdict(list)
+    for index, entry in enumerate(table.entries):
+        share = _share(entry, rank)
+        if share is None:
+            continue
+        region, members = share
+        dtype, shape = stored_form(entry.dtype, entry.shape)
+        pair_factor = 2 if len(shape) > len(entry.shape) else 1
+        num_bytes = region.numel * pair_factor * itemsize_bytes(dtype)
+        if num_bytes:
+            groups[members].append((index, region, num_bytes))
+    items: list[WriteItem] = []
+    for members, shards in groups.items():
+        position = members.index(rank)
+        total = sum(num_bytes for _, _, num_bytes in shards)
+        low, high = total * position // len(members), total * (position + 1) // len(members)
+        start = 0
+        for index, region, num_bytes in shards:
+            local_start, local_stop = (_cut(edge - start, num_bytes) for edge in (low, high))
+            if local_start < local_stop:
+                items.append(WriteItem(index, region, local_start, local_stop))
+            start += num_bytes
+    items.sort(key=lambda item: item.entry)
+    return items
+
+
+def _cut(edge: int, num_bytes: int) -> int:
+    if edge <= 0:
+        return 0
+    if edge >= num_bytes:
+        return num_bytes
+    return edge - edge % CUT_ALIGNMENT_BYTES

@@ -1,0 +1,171 @@
+"""What a store must be able to do, and which syncs the commit protocol rests on.
+
+A store holds files and directories under one root. A *key* is a relative path with forward slashes; `""` is the root.
+Every method raises `NotFoundError` where the key is not there, `AlreadyExistsError` where it must not be there, and
+`StorageError` for everything else that the system refuses; no other exception leaves a store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class SyncPoint(StrEnum):
+    """Why something is made durable: each is one step of the commit protocol, and can be broken by itself in a test."""
+
+    TENSOR_FILE = "tensor_file"
+    DOCUMENT = "document"
+    MANIFEST = "manifest"
+    SUBDIRECTORY = "subdirectory"
+    ATTEMPT = "attempt"
+    ROOT = "root"
+    INCARNATION = "incarnation"
+    PARENT = "parent"
+    OWNERSHIP = "ownership"
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryEntry:
+    """One name in a directory."""
+
+    name: str
+    is_directory: bool
+
+
+class Writer(Protocol):
+    """One open file that is written at chosen offsets; it was created and sized by the coordinator."""
+
+    def write_at(self, data: Buffer, byte_offset: int) -> None:
+        """Write all of `data`; safe to call from several threads for disjoint ranges."""
+        ...
+
+    def sync(self, point: SyncPoint) -> None:
+        """Make what this writer wrote durable; never retried when it fails.
+
+        Raises:
+            StorageError: `retryable` is False: the data may be lost although a later sync would say otherwise.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close; an error on closing is an error."""
+        ...
+
+
+class Reader(Protocol):
+    """One open file that is read at chosen offsets."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The size when it was opened."""
+        ...
+
+    def read_into(self, target: memoryview, byte_offset: int) -> None:
+        """Fill all of `target`; safe to call from several threads.
+
+        Raises:
+            TruncatedError: the file ends before.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close."""
+        ...
+
+
+class Lock(Protocol):
+    """A lock that the kernel frees when the process dies."""
+
+    def release(self) -> None:
+        """Give the lock up."""
+        ...
+
+
+class Store(Protocol):
+    """A root directory."""
+
+    @property
+    def location(self) -> str:
+        """The root as a person would name it."""
+        ...
+
+    def local_path(self, key: str) -> str:
+        """Return the path of a key on a local filesystem, for libraries that write by path."""
+        ...
+
+    def make_root(self) -> None:
+        """Make the root and its parents durable, if they are not there."""
+        ...
+
+    def make_directory(self, key: str) -> None:
+        """Make one directory; its parent must be there and it must not."""
+        ...
+
+    def entries(self, key: str) -> list[DirectoryEntry]:
+        """List a directory, sorted by name."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Return whether anything is at the key."""
+        ...
+
+    def size_bytes(self, key: str) -> int:
+        """Return a file's size."""
+        ...
+
+    def create_file(self, key: str, num_bytes: int) -> str | None:
+        """Make a file of a size, its space reserved; it must not be there. Return a note where space was not reserved."""
+        ...
+
+    def open_writer(self, key: str) -> Writer:
+        """Open a file that is there, without creating or truncating it."""
+        ...
+
+    def open_reader(self, key: str) -> Reader:
+        """Open a file for reading only."""
+        ...
+
+    def read_bytes(self, key: str) -> bytes:
+        """Return a whole file."""
+        ...
+
+    def write_document(self, key: str, data: bytes, point: SyncPoint) -> None:
+        """Make a file that is not there, holding `data`, and make its contents durable (not yet its name)."""
+        ...
+
+    def sync_file(self, key: str, point: SyncPoint) -> None:
+        """Make durable a file that another library wrote in this process."""
+        ...
+
+    def sync_directory(self, key: str, point: SyncPoint) -> None:
+        """Make the names in a directory durable."""
+        ...
+
+    def rename(self, source: str, target: str) -> None:
+        """Move a file or directory to a name that is free, atomically.
+
+        Raises:
+            AlreadyExistsError: something is at `target`; nothing was moved.
+        """
+        ...
+
+    def exchange(self, first: str, second: str) -> bool:
+        """Swap two names atomically; return False, with nothing done, where the filesystem cannot."""
+        ...
+
+    def replace_file(self, source: str, target: str) -> None:
+        """Move a file over another, atomically."""
+        ...
+
+    def remove_tree(self, key: str, *, first: str | None = None) -> None:
+        """Delete a file or directory with all that is in it, the entry `first` before anything else."""
+        ...
+
+    def lock(self, key: str) -> Lock | None:
+        """Take the lock of a file (made if it is not there), or return None where somebody alive holds it."""
+        ...
