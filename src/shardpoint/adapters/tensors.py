@@ -85,7 +85,7 @@ class TensorLayout:
     region: Region
 
 
-def _placement(placement: Any, place: str) -> Placement:  # noqa: ANN401 - torch's placement classes share no public base
+def _placement(placement: Any, place: str) -> Placement:
     if isinstance(placement, Replicate):
         return Placement("replicate")
     # `_StridedShard` is not an instance of Shard: test for it first and by itself.
@@ -214,7 +214,7 @@ def from_raw(raw: RawTensor) -> torch.Tensor:
     return tensor
 
 
-def plain_values(value: Any, place: str) -> Any:  # noqa: ANN401 - any nest of Python values
+def plain_values(value: Any, place: str) -> Any:
     """Return a nest of values with its tensors turned into `RawTensor`, for a document."""
     if isinstance(value, torch.Tensor):
         return raw_tensor(value, place)
@@ -226,7 +226,7 @@ def plain_values(value: Any, place: str) -> Any:  # noqa: ANN401 - any nest of P
     return value
 
 
-def live_values(value: Any) -> Any:  # noqa: ANN401 - any nest of Python values
+def live_values(value: Any) -> Any:
     """Return a document's nest of values with its `RawTensor`s turned into CPU tensors."""
     if isinstance(value, RawTensor):
         return from_raw(value)

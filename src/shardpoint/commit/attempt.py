@@ -55,6 +55,7 @@ class Attempt:
         *,
         files: Mapping[str, FileLayout] | None = None,
         directories: Iterable[str] = (),
+        replace_file: bool = False,
     ) -> Attempt:
         """Make the attempt's directories and files.
 
@@ -64,6 +65,7 @@ class Attempt:
             name: the name to commit to, one path component.
             files: path relative to the attempt -> layout, for each tensor file; its header is written.
             directories: further directories, relative to the attempt.
+            replace_file: the attempt's only file is to be committed, over a file of that name if there is one.
 
         Raises:
             UsageError: the name is not one path component.
@@ -76,7 +78,11 @@ class Attempt:
             raise UsageError(text)
         owner.check_alive(store)
         present = find_committed(store, name)
-        if present is None and store.exists(name):
+        is_file = any(entry.name == name and not entry.is_directory for entry in store.entries(""))
+        if replace_file and present is not None:
+            text = f"{name} in {store.location} is a committed checkpoint, not a file: give another name"
+            raise AlreadyExistsError(text)
+        if present is None and store.exists(name) and not (replace_file and is_file):
             text = (
                 f"{name} in {store.location} is there and is not a committed Shardpoint checkpoint: move it away, or save "
                 "to another directory"

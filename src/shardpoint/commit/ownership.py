@@ -23,7 +23,7 @@ from pathlib import Path
 from shardpoint.commit.recovery import recover, sweep
 from shardpoint.commit.visible import CONTROL_DIRECTORY, committed_checkpoints
 from shardpoint.errors import AlreadyExistsError, FencedError, NotFoundError, RootBusyError
-from shardpoint.events import Event, Listener, log_event
+from shardpoint.events import Listener, log_event
 from shardpoint.storage import Lock, Store, SyncPoint
 
 HEARTBEAT_S = 10.0

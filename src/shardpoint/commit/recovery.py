@@ -73,7 +73,9 @@ def recover(store: Store, owner_key: str, listener: Listener) -> None:
         store.rename(middle, manifest.name)
         way = "forward to the new" if successor is not None else "back to the old"
         listener(
-            Event("recovered", f"finished an interrupted replacement of {manifest.name}: {way} checkpoint", manifest.name)
+            Event(
+                "recovered", f"finished an interrupted replacement of {manifest.name}: {way} checkpoint", manifest.name
+            )
         )
     store.sync_directory("", SyncPoint.ROOT)
 

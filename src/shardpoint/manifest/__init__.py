@@ -2,6 +2,9 @@
 
 from shardpoint.manifest.codec import RawTensor, decode_document, encode_document
 from shardpoint.manifest.document import (
+    FORMAT_MAJOR,
+    FORMAT_MINOR,
+    FORMAT_NAME,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
@@ -9,9 +12,13 @@ from shardpoint.manifest.document import (
     check_relative_path,
     decode_manifest,
     encode_manifest,
+    metric_value,
 )
 
 __all__ = [
+    "FORMAT_MAJOR",
+    "FORMAT_MINOR",
+    "FORMAT_NAME",
     "MANIFEST_NAME",
     "FileEntry",
     "Manifest",
@@ -22,4 +29,5 @@ __all__ = [
     "decode_manifest",
     "encode_document",
     "encode_manifest",
+    "metric_value",
 ]

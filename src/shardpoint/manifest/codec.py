@@ -57,7 +57,7 @@ def encode_document(value: object) -> bytes:
         raise UsageError(text) from error
 
 
-def _encode(value: Any, place: str, depth: int) -> Any:  # noqa: ANN401 - any Python value is the subject here
+def _encode(value: Any, place: str, depth: int) -> Any:
     if depth > MAX_DEPTH:
         text = f"the value at {place} is nested deeper than {MAX_DEPTH} levels"
         raise UsageError(text)
@@ -109,7 +109,7 @@ def _pairs(value: dict[Any, Any], place: str, depth: int) -> list[Any]:
     ]
 
 
-def parse_strict_json(data: bytes, key: str) -> Any:  # noqa: ANN401 - any JSON value
+def parse_strict_json(data: bytes, key: str) -> Any:
     """Parse JSON, refusing duplicate keys, NaN and depth over 64 (checked before parsing).
 
     Args:
@@ -146,7 +146,7 @@ def parse_strict_json(data: bytes, key: str) -> Any:  # noqa: ANN401 - any JSON 
         raise ManifestError(text, key=key) from error
 
 
-def decode_document(data: bytes, key: str = "document") -> Any:  # noqa: ANN401 - any Python value is the subject here
+def decode_document(data: bytes, key: str = "document") -> Any:
     """Return the value that `encode_document` encoded.
 
     Args:
@@ -164,7 +164,7 @@ def decode_document(data: bytes, key: str = "document") -> Any:  # noqa: ANN401 
         raise ManifestError(text, key=key) from error
 
 
-def _decode(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _decode(value: Any) -> Any:
     if type(value) is list:
         return [_decode(item) for item in value]
     if type(value) is not dict:
@@ -178,7 +178,7 @@ def _decode(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return _decode_tagged(tags[0], value[tags[0]])
 
 
-def _decode_tagged(tag: str, body: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _decode_tagged(tag: str, body: Any) -> Any:
     match tag:
         case "$float":
             return _NON_FINITE[body]

@@ -8,9 +8,10 @@ Source: docs/spec/FORMAT.md, "The manifest".
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -92,7 +93,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         library: what wrote it, `"shardpoint 0.1.0"`.
         world_size: the number of ranks that wrote it.
         roles: the names of the models in it; `[""]` when there is just one.
-        metrics: what the trainer passed along.
+        metrics: what the trainer passed along; what is not finite as text, since JSON has no form for it.
         files: every file but the manifest.
         tensors: every tensor, by file and offset.
     """
@@ -110,7 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     library: str
     world_size: Count
     roles: list[str]
-    metrics: dict[str, float]
+    metrics: dict[str, float | Literal["nan", "inf", "-inf"]]
     files: list[FileEntry]
     tensors: list[TensorEntry]
 
@@ -124,9 +125,24 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The bytes of all files but the manifest."""
         return sum(entry.size_bytes for entry in self.files)
 
+    @property
+    def metric_values(self) -> dict[str, float]:
+        """What the trainer passed along."""
+        return {name: float(value) for name, value in self.metrics.items()}
+
     def file(self, path: str) -> FileEntry | None:
         """Return the entry of a file, or None."""
         return next((entry for entry in self.files if entry.path == path), None)
+
+
+def metric_value(value: float) -> float | Literal["nan", "inf", "-inf"]:
+    """Return a metric as the manifest holds it."""
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    if math.isnan(value):
+        return "nan"
+    return "inf" if value > 0 else "-inf"
 
 
 def check_relative_path(path: str) -> None:
@@ -188,7 +204,7 @@ def decode_manifest(data: bytes, key: str = MANIFEST_NAME) -> Manifest:
     return manifest
 
 
-def _check_version(tree: Any, key: str) -> None:  # noqa: ANN401 - any JSON value
+def _check_version(tree: Any, key: str) -> None:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT_NAME:
         text = f"{key} is not a Shardpoint manifest"
         raise UnsupportedFormatError(text)

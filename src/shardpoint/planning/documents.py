@@ -34,7 +34,9 @@ def merge_optimizer_documents(documents: Sequence[dict[str, Any]], part: str) ->
             raise UsageError(text)
         for number, (mine, theirs) in enumerate(zip(groups, other["groups"], strict=True)):
             if encode_document(mine["options"]) != encode_document(theirs["options"]):
-                text = f"{part}: param group {number} has different options on different ranks: {mine['options']} against "
+                text = (
+                    f"{part}: param group {number} has different options on different ranks: {mine['options']} against "
+                )
                 text += f"{theirs['options']}"
                 raise UsageError(text)
             known = set(mine["params"])

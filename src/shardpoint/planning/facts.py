@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
@@ -46,10 +46,17 @@ class TensorFact:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One rank's facts, in the order of its model."""
+    """One rank's facts, in the order of its model.
+
+    Attributes:
+        meshes: those that the facts refer to.
+        facts: one for each tensor that the rank holds (a part of).
+        members: (part, FQN) of every parameter that an optimizer has, with or without state.
+    """
 
     meshes: tuple[Mesh, ...]
     facts: tuple[TensorFact, ...]
+    members: tuple[tuple[str, str], ...] = ()
 
 
 def encode_table(table: Table) -> bytes:
@@ -106,12 +113,12 @@ class MergedTable:
 
     entries: tuple[Entry, ...]
     world_size: int
-    _index: dict[tuple[str, str], int] = field(default_factory=dict, repr=False, compare=False)
+    members: frozenset[tuple[str, str]] = frozenset()
 
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ when anything in the table differs."""
-        return hashlib.sha256(msgspec.msgpack.encode((self.entries, self.world_size))).digest()
+        return hashlib.sha256(msgspec.msgpack.encode((self.entries, self.world_size, sorted(self.members)))).digest()
 
     @property
     def total_bytes(self) -> int:
@@ -157,7 +164,8 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
         Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, tuple(holdings))
         for fact, holdings in merged.values()
     )
-    return MergedTable(entries, world_size)
+    members = frozenset(member for _, table in tables for member in table.members)
+    return MergedTable(entries, world_size, members)
 
 
 def _identity(fact: TensorFact) -> tuple[str, str | None, str, tuple[int, ...]]:

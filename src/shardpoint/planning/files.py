@@ -23,11 +23,13 @@ class PartNaming:
         stem: `"model"` gives `model-00001-of-00002.safetensors`.
         single: give one file, `<stem>.safetensors`, however large, and no index (what `peft` opens).
         variant: transformers' `variant`: stands between stem and number, and before `.json` of the index.
+        metadata: texts for the file's header; only with `single`.
     """
 
     stem: str
     single: bool = False
     variant: str | None = None
+    metadata: Mapping[str, str] | None = None
 
     def file_name(self, number: int, total: int) -> str:
         """Return the name of file `number` (from 1) of `total`."""
@@ -87,7 +89,7 @@ def plan_files(table: MergedTable, naming: Mapping[str, PartNaming], max_file_by
         indices = [index for index, entry in enumerate(table.entries) if entry.part == part]
         shards = _split(indices, table, max_file_bytes, single=names.single)
         for number, shard in enumerate(shards, start=1):
-            layout = layout_file((table.entries[i].key, *_stored(table.entries[i])) for i in shard)
+            layout = layout_file(((table.entries[i].key, *_stored(table.entries[i])) for i in shard), names.metadata)
             by_key = {table.entries[i].key: i for i in shard}
             name = names.file_name(number, len(shards))
             path = f"{part}/{name}" if part else name
@@ -106,7 +108,7 @@ def _stored(entry: Entry) -> tuple[str, tuple[int, ...]]:
 
 
 def _split(indices: list[int], table: MergedTable, max_file_bytes: int, *, single: bool) -> list[list[int]]:
-    shards: list[list[int]] = []
+    shards: list[list[int]] = [[]] if single else []
     used = 0
     for index in indices:
         num_bytes = table.entries[index].num_bytes

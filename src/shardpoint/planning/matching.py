@@ -61,9 +61,7 @@ def match_target(
             mismatched.append(
                 f"{entry.label}: stored {tensor.dtype} {list(tensor.shape)}, the target wants {entry.dtype} {list(entry.shape)}"
             )
-    unexpected = [
-        f"{part}: {fqn}" + (f" [{state}]" if state is not None else "") for part, fqn, state in stored
-    ]
+    unexpected = [f"{part}: {fqn}" + (f" [{state}]" if state is not None else "") for part, fqn, state in stored]
     if mismatched or (strict and (missing or unexpected)):
         raise MismatchError(
             _describe(manifest.name, missing, unexpected, mismatched),

@@ -12,7 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardpoint.errors import AlreadyExistsError, CheckpointError, NotFoundError, StorageError, TruncatedError, UsageError
+from shardpoint.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    NotFoundError,
+    StorageError,
+    TruncatedError,
+    UsageError,
+)
 from shardpoint.storage import syscalls
 from shardpoint.storage.protocol import DirectoryEntry, SyncPoint
 
@@ -114,7 +121,9 @@ class LocalReader:
                 got = os.preadv(self._descriptor, [view], byte_offset)
                 if got == 0:
                     text = f"{self._key} in {self._location} ends at byte {byte_offset}, {len(view)} bytes early"
-                    raise TruncatedError(text, key=self._key, expected=str(byte_offset + len(view)), actual=str(byte_offset))
+                    raise TruncatedError(
+                        text, key=self._key, expected=str(byte_offset + len(view)), actual=str(byte_offset)
+                    )
                 view = view[got:]
                 byte_offset += got
 
@@ -156,7 +165,7 @@ class LocalStore:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = os.path.abspath(os.fspath(root))  # noqa: PTH100 - must not resolve symlinks, which Path.resolve does
+        self._root = os.path.abspath(os.fspath(root))
         if os.path.lexists(self._root) and not Path(self._root).is_dir():
             text = f"{self._root} is a file: give a directory to hold checkpoints"
             raise UsageError(text)
@@ -278,7 +287,7 @@ class LocalStore:
                 # Race: none that matters. Only the root's owner renames into it, and every other rename is fenced.
                 if os.path.lexists(self.local_path(target)):
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
-                os.rename(self.local_path(source), self.local_path(target))  # noqa: PTH104 - os.rename is the call meant
+                os.rename(self.local_path(source), self.local_path(target))
 
     def exchange(self, first: str, second: str) -> bool:
         """Swap two names atomically, or return False where the filesystem cannot."""
@@ -316,7 +325,7 @@ class LocalStore:
         path = self.local_path(key)
         with _held_locks_mutex, _translated("lock", key, self._root):
             if os.path.lexists(path):
-                status = os.stat(path)  # noqa: PTH116 - one call, no descriptor
+                status = os.stat(path)
                 if (os.getpid(), status.st_dev, status.st_ino) in _held_locks:
                     return None
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -1,0 +1,225 @@
+"""What a training state consists of, as facts, bytes and documents: the edge between live torch objects and the engine.
+
+The same walk serves both ways: a save reads the tensors that it names, a load fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from shardpoint.adapters import hugging_face, lora
+from shardpoint.adapters.names import NamedModule, name_tensors
+from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
+from shardpoint.adapters.state import TrainState
+from shardpoint.adapters.tensors import LocalBytes, describe, live_values, plain_values
+from shardpoint.errors import UsageError
+from shardpoint.geometry import Region
+from shardpoint.layout import Mesh
+from shardpoint.manifest import Manifest, decode_document, encode_document
+from shardpoint.planning import PartNaming, Table, TensorFact
+
+GROUPS_NAME = "param_groups.json"
+EXTRA_STATE_NAME = "extra_state.json"
+
+
+def rank_document(directory: str, rank: int) -> str:
+    """Return the path of one rank's document."""
+    return f"{directory}/rank-{rank:05d}.json"
+
+
+def join(*parts: str) -> str:
+    """Join the components of a path, leaving out the empty ones."""
+    return "/".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One tensor that this rank holds (a part of).
+
+    Attributes:
+        tensor: the live tensor.
+        region: the part.
+    """
+
+    tensor: torch.Tensor
+    region: Region
+
+    def open(self) -> LocalBytes:
+        """Return its bytes."""
+        return LocalBytes(self.tensor)
+
+
+@dataclass
+class Collected:
+    """Everything of one rank.
+
+    Attributes:
+        rank: this rank.
+        held: (part, key) -> the live tensor, in table order.
+        naming: part -> how its files are called.
+        optimizer_documents: part -> the document to be merged with the other ranks'.
+        documents: path -> contents; must be equal on all ranks that have it.
+        rank_documents: path -> contents, written by this rank.
+        coordinator_documents: path -> contents, made on the coordinator only.
+        optimizers: for a load, what is to be installed.
+        problems: for a load, what does not fit on this rank.
+    """
+
+    rank: int
+    held: dict[tuple[str, str], Held] = field(default_factory=dict)
+    naming: dict[str, PartNaming] = field(default_factory=dict)
+    optimizer_documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    documents: dict[str, bytes] = field(default_factory=dict)
+    rank_documents: dict[str, bytes] = field(default_factory=dict)
+    coordinator_documents: dict[str, bytes] = field(default_factory=dict)
+    optimizers: list[OptimizerTarget] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _facts: list[TensorFact] = field(default_factory=list)
+    _meshes: dict[Mesh, int] = field(default_factory=dict)
+    _members: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def table(self) -> Table:
+        """This rank's facts."""
+        return Table(tuple(self._meshes), tuple(self._facts), tuple(self._members))
+
+    def _add(self, part: str, fqn: str, state: str | None, key: str, tensor: torch.Tensor, mesh: Mesh | None) -> None:
+        place = f"{part}: {fqn}" + (f" [{state}]" if state is not None else "")
+        layout = describe(tensor, mesh, place, self.rank)
+        index = None if layout.mesh is None else self._meshes.setdefault(layout.mesh, len(self._meshes))
+        if (part, key) in self.held:
+            text = f"{place}: another tensor of this rank is called {key!r} in {part} too"
+            raise UsageError(text)
+        self._facts.append(TensorFact(part, fqn, state, key, layout.dtype, layout.shape, index, layout.placements))
+        self.held[part, key] = Held(tensor, layout.region)
+
+    def add_model(self, named: NamedModule, part: str, adapters: str, stem: str = "model") -> None:
+        """Add a model's parameters and persistent buffers.
+
+        Args:
+            named: the model.
+            part: where base weights go.
+            adapters: the directory that adapters' directories go into.
+            stem: what the files are called.
+        """
+        self.naming.setdefault(part, PartNaming(stem))
+        where = lora.places(named)
+        for tensor in named.tensors:
+            place = where[tensor.fqn]
+            target = part
+            if place.adapter is not None:
+                target = join(adapters, place.adapter)
+                self.naming.setdefault(target, PartNaming("adapter_model", single=True))
+            self._add(target, tensor.fqn, None, place.key, tensor.tensor, tensor.mesh)
+
+    def add_model_documents(self, named: NamedModule, part: str, adapters: str, tokenizer: Any) -> None:
+        """Add the files beside the weights; only the coordinator needs to."""
+        base = lora.base_model(named.root)
+        beside = hugging_face.model_documents(base, named.tensors, tokenizer)
+        self.coordinator_documents |= {join(part, name): data for name, data in beside.items()}
+        for adapter in lora.adapter_names(named.root):
+            self.coordinator_documents[join(adapters, adapter, "adapter_config.json")] = lora.adapter_config(
+                named.root, adapter
+            )
+
+    def add_extra_state(self, named: NamedModule, part: str) -> None:
+        """Add what modules keep outside their tensors (`get_extra_state`)."""
+        if named.extra_states:
+            values = {
+                name: plain_values(module.get_extra_state(), f"extra state of {name}")
+                for name, module in named.extra_states.items()
+            }
+            self.documents[join(part, EXTRA_STATE_NAME)] = encode_document(values)
+
+    def add_optimizer(self, optimizer: Optimizer, named: NamedModule, part: str, stem: str = "optimizer") -> None:
+        """Add an optimizer's state, to be saved."""
+        self.naming.setdefault(part, PartNaming(stem))
+        document, tensors = read_optimizer(optimizer, named, part)
+        self.optimizer_documents[part] = document
+        self._members += [(part, name) for group in document["groups"] for name in group["params"]]
+        self._add_states(part, tensors)
+
+    def add_optimizer_target(
+        self, optimizer: Optimizer, named: NamedModule, part: str, document: Mapping[str, Any], manifest: Manifest
+    ) -> None:
+        """Add an optimizer that is to be filled with what a checkpoint has."""
+        stored = (entry for entry in manifest.tensors if entry.part == part)
+        target = target_optimizer(optimizer, named, part, document, stored)
+        self._members += [(part, name) for members in target.groups for name, _ in members]
+        self.optimizers.append(target)
+        self.problems += target.problems
+        self._add_states(part, target.tensors)
+
+    def only(self, part: str, renamed: str) -> Collected:
+        """Return the tensors of one part under another part's name."""
+        chosen = Collected(self.rank, naming={renamed: self.naming[part]})
+        for fact in self._facts:
+            if fact.part == part:
+                mesh = None if fact.mesh is None else list(self._meshes)[fact.mesh]
+                index = None if mesh is None else chosen._meshes.setdefault(mesh, len(chosen._meshes))
+                chosen._facts.append(replace(fact, part=renamed, mesh=index))
+                chosen.held[renamed, fact.key] = self.held[part, fact.key]
+        return chosen
+
+    def _add_states(self, part: str, tensors: Collection[StateTensor]) -> None:
+        for tensor in tensors:
+            self._add(part, tensor.fqn, tensor.state, f"{tensor.fqn}.{tensor.state}", tensor.tensor, tensor.mesh)
+
+
+def collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator: bool) -> Collected:
+    """Collect what a save of roles writes, without random state.
+
+    Args:
+        roles: role -> state; the single role `""` has no directory of its own.
+        rank: this rank.
+        is_coordinator: whether to make the documents that the coordinator alone writes.
+
+    Raises:
+        UsageError: something in a state cannot be saved.
+    """
+    collected = Collected(rank)
+    for role, state in roles.items():
+        modeling, adapters = join(role, "modeling"), join(role, "adapter")
+        named = name_tensors(state.model)
+        collected.add_model(named, modeling, adapters)
+        collected.add_extra_state(named, modeling)
+        if is_coordinator:
+            collected.add_model_documents(named, modeling, adapters, state.tokenizer)
+        if state.optimizer is not None:
+            collected.add_optimizer(state.optimizer, named, join(role, "optimizer"))
+        if state.lr_scheduler is not None:
+            path = join(role, "lr_scheduler.json")
+            collected.documents[path] = scheduler_document(state.lr_scheduler, path)
+        if state.sampler is not None:
+            values = plain_values(state.sampler.state_dict(), f"{join(role, 'sampler')} state")
+            collected.rank_documents[rank_document(join(role, "data"), rank)] = encode_document(values)
+    return collected
+
+
+def scheduler_document(lr_scheduler: Any, path: str) -> bytes:
+    """Return a scheduler's state as a document.
+
+    Raises:
+        UsageError: it has no `state_dict`, or its state cannot come back exactly.
+    """
+    if not hasattr(lr_scheduler, "state_dict"):
+        text = f"{path}: {type(lr_scheduler).__name__} has no state_dict"
+        raise UsageError(text)
+    return encode_document(plain_values(lr_scheduler.state_dict(), path))
+
+
+def load_scheduler_document(lr_scheduler: Any, data: bytes, path: str) -> None:
+    """Put a scheduler's state back."""
+    lr_scheduler.load_state_dict(live_values(decode_document(data, path)))
+
+
+def load_extra_state(named: NamedModule, data: bytes, path: str) -> None:
+    """Put back what modules keep outside their tensors."""
+    values = live_values(decode_document(data, path))
+    for name, module in named.extra_states.items():
+        module.set_extra_state(values[name])

@@ -1,0 +1,316 @@
+"""How an optimizer's state is read and put back, by parameter name, without stepping it and without casting it.
+
+State is read from `optimizer.state` by parameter identity. It is put back by assignment, since `load_state_dict` casts
+every tensor to the parameter's dtype (fp32 masters to bf16). Tensors of one and more dims are stored as tensors; numbers
+and 0-dim tensors (`step`) go into `param_groups.json`, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shardpoint.adapters.names import NamedModule
+from shardpoint.adapters.tensors import (
+    dtype_name,
+    from_raw,
+    live_values,
+    local_tensor,
+    mesh_of,
+    plain_values,
+    raw_tensor,
+    torch_dtype,
+)
+from shardpoint.errors import UsageError
+from shardpoint.layout import Mesh
+from shardpoint.manifest import RawTensor, TensorEntry
+
+_NOT_OPTIONS = frozenset({"params", "param_names"})
+_SCALARS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One state tensor of one parameter.
+
+    Attributes:
+        fqn: the parameter's name.
+        state: the state's name.
+        tensor: the live tensor; a DTensor where the parameter is one.
+        mesh: for a plain tensor, the ranks that hold it alike (DDP), or None.
+    """
+
+    fqn: str
+    state: str
+    tensor: torch.Tensor
+    mesh: Mesh | None
+
+
+def check_supported(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that hides its state from `optimizer.state`.
+
+    Raises:
+        UsageError: Accelerate's wrapper, or `ZeroRedundancyOptimizer`.
+    """
+    name = type(optimizer).__name__
+    if name == "ZeroRedundancyOptimizer":
+        text = "ZeroRedundancyOptimizer keeps its state in another optimizer on other ranks: use FSDP2 to shard it"
+        raise UsageError(text)
+    if name == "AcceleratedOptimizer":
+        text = "AcceleratedOptimizer wraps the optimizer that holds the state: give `optimizer.optimizer`"
+        raise UsageError(text)
+    if not isinstance(optimizer, Optimizer):
+        text = f"{type(optimizer).__name__} is not a torch.optim.Optimizer: give the optimizer that it wraps"
+        raise UsageError(text)
+
+
+def named_groups(optimizer: Optimizer, named: NamedModule, part: str) -> list[list[tuple[str, torch.Tensor]]]:
+    """Return each param group's parameters with their names.
+
+    Raises:
+        UsageError: a parameter that the model does not have.
+    """
+    check_supported(optimizer)
+    groups: list[list[tuple[str, torch.Tensor]]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        members: list[tuple[str, torch.Tensor]] = []
+        for index, parameter in enumerate(group["params"]):
+            name = named.names.get(id(parameter))
+            if name is None:
+                text = (
+                    f"{part}: parameter {index} of group {number} (shape {list(parameter.shape)}) is not in the model: "
+                    "give the model that this optimizer steps, with the parameters that it has now"
+                )
+                raise UsageError(text)
+            members.append((name, parameter))
+        groups.append(members)
+    return groups
+
+
+def read_optimizer(optimizer: Optimizer, named: NamedModule, part: str) -> tuple[dict[str, Any], list[StateTensor]]:
+    """Read an optimizer.
+
+    Args:
+        optimizer: not stepped, not changed.
+        named: the model that it steps.
+        part: for messages.
+
+    Returns:
+        The document (class, groups with names and options, scalar states) and the state tensors.
+
+    Raises:
+        UsageError: a parameter is not in the model, or a state cannot be stored.
+    """
+    groups = named_groups(optimizer, named, part)
+    known = {id(parameter) for members in groups for _, parameter in members}
+    strangers = [key for key in optimizer.state if id(key) not in known]
+    if strangers:
+        text = f"{part}: the optimizer has state under {len(strangers)} keys that are no parameters of its groups"
+        raise UsageError(text)
+    meshes = {named_tensor.fqn: named_tensor.mesh for named_tensor in named.tensors}
+    tensors: list[StateTensor] = []
+    scalars: dict[str, dict[str, Any]] = {}
+    described: list[dict[str, Any]] = []
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        place = f"{part}: param group {len(described)}"
+        options = {key: plain_values(value, place) for key, value in group.items() if key not in _NOT_OPTIONS}
+        described.append({"params": [name for name, _ in members], "options": options})
+        for name, parameter in members:
+            for state, value in optimizer.state.get(parameter, {}).items():
+                label = f"{part}: state {state!r} of {name}"
+                if isinstance(value, torch.Tensor) and value.dim() > 0:
+                    tensors.append(StateTensor(name, state, _spread_like(value, parameter, label), meshes[name]))
+                else:
+                    scalars.setdefault(name, {})[state] = _scalar(value, label)
+    document = {"class": type(optimizer).__qualname__, "groups": described, "states": scalars}
+    return document, tensors
+
+
+def _scalar(value: Any, label: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return raw_tensor(value, label)
+    if type(value) in (list, tuple) and all(type(item) in _SCALARS for item in value):
+        return value
+    if type(value) in _SCALARS:
+        return value
+    text = f"{label} is a {type(value).__name__}: only tensors, numbers, strings and flat lists of those can be stored"
+    raise UsageError(text)
+
+
+def _spread_like(value: torch.Tensor, parameter: torch.Tensor, label: str) -> torch.Tensor:
+    """Return a parameter's state as a DTensor where the parameter is one.
+
+    An optimizer of the user's own may keep plain tensors of the *local* shape; stored as they are, all ranks but one would
+    be lost.
+    """
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    local_shape = tuple(local_tensor(parameter).shape)
+    if tuple(value.shape) != local_shape:
+        text = (
+            f"{label} is a plain tensor of shape {list(value.shape)} beside a parameter of shape {list(parameter.shape)}, "
+            f"of which this rank holds {list(local_shape)}: make the state a DTensor with the parameter's placements"
+        )
+        raise UsageError(text)
+    return DTensor.from_local(
+        value.detach(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+@dataclass
+class OptimizerTarget:
+    """An optimizer that is about to be filled: where each stored tensor goes, and what does not fit.
+
+    Attributes:
+        optimizer: changed by `install` only, but for state tensors of the stored shape and dtype that it already has:
+            those are filled in place.
+        tensors: one for each stored tensor of a parameter that this rank has.
+        problems: what does not fit, one line each.
+    """
+
+    optimizer: Optimizer
+    part: str
+    document: Mapping[str, Any]
+    groups: list[list[tuple[str, torch.Tensor]]]
+    tensors: list[StateTensor] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    _group_of: list[int] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Assign the filled states and the options; states that were not stored are removed."""
+        scalars: Mapping[str, Mapping[str, Any]] = self.document["states"]
+        filled: dict[str, dict[str, Any]] = {}
+        for tensor in self.tensors:
+            filled.setdefault(tensor.fqn, {})[tensor.state] = tensor.tensor
+        for number, members in enumerate(self.groups):
+            group = self.optimizer.param_groups[number]
+            stored = self.document["groups"][self._group_of[number]]["options"]
+            for key, value in stored.items():
+                group[key] = _like(group.get(key), value)
+            on_device = bool(group.get("capturable") or group.get("fused"))
+            for name, parameter in members:
+                state = {
+                    key: _scalar_state(value, parameter, on_device=on_device)
+                    for key, value in scalars.get(name, {}).items()
+                } | filled.get(name, {})
+                if state:
+                    self.optimizer.state[parameter] = state
+                else:
+                    self.optimizer.state.pop(parameter, None)
+
+
+def _scalar_state(value: Any, parameter: torch.Tensor, *, on_device: bool) -> Any:
+    if isinstance(value, RawTensor):
+        tensor = from_raw(value)
+        return tensor.to(parameter.device) if on_device else tensor
+    return value
+
+
+def _like(live: Any, stored: Any) -> Any:
+    """Return a stored option in the type that the live group has it in."""
+    if isinstance(live, torch.Tensor):
+        value = from_raw(stored) if isinstance(stored, RawTensor) else torch.tensor(stored)
+        live.detach().copy_(value.to(live.dtype))
+        return live
+    if isinstance(stored, RawTensor) and isinstance(live, (int, float)):
+        return from_raw(stored).item()
+    if type(live) in (list, tuple) and type(stored) in (list, tuple):
+        return type(live)(live_values(stored))
+    return live_values(stored)
+
+
+def target_optimizer(
+    optimizer: Optimizer,
+    named: NamedModule,
+    part: str,
+    document: Mapping[str, Any],
+    stored: Iterable[TensorEntry],
+) -> OptimizerTarget:
+    """Prepare an optimizer to be filled, without changing it.
+
+    Args:
+        optimizer: fresh or used.
+        named: the model that it steps.
+        part: the part of the checkpoint.
+        document: its `param_groups.json`.
+        stored: the part's tensors.
+    """
+    target = OptimizerTarget(optimizer, part, document, named_groups(optimizer, named, part))
+    _match_groups(target)
+    meshes = {named_tensor.fqn: named_tensor.mesh for named_tensor in named.tensors}
+    parameters = {name: parameter for members in target.groups for name, parameter in members}
+    for entry in stored:
+        parameter = parameters.get(entry.fqn)
+        if parameter is None or entry.state is None:
+            continue
+        tensor = _destination(optimizer, parameter, entry)
+        if tensor is None:
+            target.problems.append(
+                f"{part}: {entry.fqn} [{entry.state}]: stored {list(entry.shape)} beside a parameter of "
+                f"{list(parameter.shape)} that is spread over {mesh_of(parameter)}: it cannot be spread likewise"
+            )
+        else:
+            target.tensors.append(StateTensor(entry.fqn, entry.state, tensor, meshes[entry.fqn]))
+    return target
+
+
+def _destination(optimizer: Optimizer, parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None:
+    live = optimizer.state.get(parameter, {}).get(entry.state)
+    fits = (
+        isinstance(live, torch.Tensor)
+        and tuple(live.shape) == entry.shape
+        and dtype_name(live.dtype, entry.fqn) == entry.dtype
+        and isinstance(live, DTensor) == isinstance(parameter, DTensor)
+    )
+    if fits:
+        assert isinstance(live, torch.Tensor)  # noqa: S101 - for the type checker
+        return live
+    if tuple(parameter.shape) == entry.shape:
+        return torch.empty_like(parameter, dtype=torch_dtype(entry.dtype), requires_grad=False)
+    if isinstance(parameter, DTensor):
+        return None
+    return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=parameter.device)
+
+
+def _match_groups(target: OptimizerTarget) -> None:
+    """Find for each live group the stored one that its parameters are in."""
+    stored = [set(group["params"]) for group in target.document["groups"]]
+    place = {name: number for number, names in enumerate(stored) for name in names}
+    for number, members in enumerate(target.groups):
+        names = [name for name, _ in members]
+        found = {place[name] for name in names if name in place}
+        for name in names:
+            if name not in place:
+                target.problems.append(f"{target.part}: {name} is in the optimizer, but in no group of the checkpoint")
+        if len(found) > 1:
+            target.problems.append(
+                f"{target.part}: param group {number} joins parameters of the stored groups {sorted(found)}: build the "
+                "groups as they were"
+            )
+        if not found and not names and number < len(stored):
+            found = {number}  # a pipeline rank without parameters in this group
+        if not found and not names:
+            target.problems.append(f"{target.part}: param group {number} is empty and was not stored")
+        target._group_of.append(min(found, default=0))  # noqa: SLF001 - made here
+    split = [number for number in sorted(set(target._group_of)) if target._group_of.count(number) > 1]  # noqa: SLF001 - as above
+    target.problems += [
+        f"{target.part}: the parameters of stored group {number} are in several groups now" for number in split
+    ]
+
+
+def unplaced_members(document: Mapping[str, Any], part: str, members: frozenset[tuple[str, str]]) -> Iterator[str]:
+    """Yield what the checkpoint's groups have and no rank's optimizer has."""
+    for group in document["groups"]:
+        for name in group["params"]:
+            if (part, name) not in members:
+                yield f"{part}: {name} is in a param group of the checkpoint, but in no rank's optimizer"

@@ -1,0 +1,272 @@
+"""What checkpoints a root has, and whether their bytes are those that were committed; without torch.
+
+Reading needs no ownership and disturbs nobody: a root may be listed and verified while a run saves to it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardpoint.checksum import combine, crc64, to_hex
+from shardpoint.commit import CONTROL_DIRECTORY, Committed, committed_checkpoints, find_committed
+from shardpoint.container import header_size_bytes, parse_header
+from shardpoint.dtypes import stored_form
+from shardpoint.errors import (
+    CorruptionError,
+    ManifestError,
+    NotFoundError,
+    TornCheckpointError,
+    TruncatedError,
+)
+from shardpoint.manifest import FileEntry, Manifest, TensorEntry
+from shardpoint.storage import LocalStore, Reader, Store
+
+CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """One committed checkpoint, as policies and listings see it.
+
+    Attributes:
+        name: its name.
+        sequence: the commit's number.
+        step: the step.
+        epoch: the epoch.
+        metrics: what the trainer passed along.
+        manifest: everything else.
+    """
+
+    name: str
+    sequence: int
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One disagreement between a checkpoint and its manifest.
+
+    Attributes:
+        key: the file, and after a `#` the tensor, where it is one.
+        kind: `"missing"`, `"size"`, `"checksum"`, `"header"` or `"manifest"`.
+        message: one sentence.
+    """
+
+    key: str
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a verification found.
+
+    Attributes:
+        name: the checkpoint.
+        num_bytes: bytes read.
+        num_files: files looked at.
+        num_tensors: tensors whose checksum was compared.
+        problems: nothing, when every byte is as it was committed.
+    """
+
+    name: str
+    num_bytes: int
+    num_files: int
+    num_tensors: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was committed."""
+        return not self.problems
+
+
+def training_checkpoints(store: Store) -> list[Info]:
+    """Return the intact training checkpoints of a root in the order of their commits, the oldest first.
+
+    Raises:
+        NotFoundError: the root does not exist.
+    """
+    found: list[Info] = []
+    for item in committed_checkpoints(store):
+        manifest = item.manifest
+        if manifest is not None and manifest.step is not None and manifest.epoch is not None:
+            found.append(
+                Info(
+                    item.name,
+                    manifest.commit_sequence,
+                    manifest.step,
+                    manifest.epoch,
+                    manifest.metric_values,
+                    manifest,
+                )
+            )
+    return found
+
+
+def list_root(root: str | os.PathLike[str]) -> list[Committed]:
+    """Return every committed checkpoint of a root, the oldest commit first; those with damaged manifests come first.
+
+    Raises:
+        NotFoundError: the directory does not exist.
+        UsageError: it is a file.
+    """
+    store = LocalStore(root)
+    if not store.exists(""):
+        raise NotFoundError(f"there is no directory {store.location}")
+    return committed_checkpoints(store)
+
+
+def open_path(path: str | os.PathLike[str]) -> tuple[Store, Committed]:
+    """Return the checkpoint at a path, with the store of its root.
+
+    Raises:
+        NotFoundError: nothing is there.
+        TornCheckpointError: a directory without a manifest is there.
+        UsageError: the path is a file.
+    """
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - must not resolve symlinks
+    if absolute.exists():
+        LocalStore(absolute)  # refuses a file
+    store = LocalStore(absolute.parent)
+    committed = find_committed(store, absolute.name)
+    if committed is not None:
+        return store, committed
+    if absolute.exists():
+        raise TornCheckpointError(
+            f"{absolute} has no manifest: it was never committed by Shardpoint (a torn save, or another program's directory)"
+        )
+    raise NotFoundError(f"there is no checkpoint {absolute}")
+
+
+def is_root(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is a root (has checkpoints in it) rather than a checkpoint."""
+    store = LocalStore(path)
+    return store.exists("") and (store.exists(CONTROL_DIRECTORY) or bool(committed_checkpoints(store)))
+
+
+def _no_progress(_: int) -> None:
+    return
+
+
+def verify(store: Store, committed: Committed, progress: Callable[[int], None] = _no_progress) -> Report:
+    """Read every byte of a checkpoint and compare it with the manifest.
+
+    Args:
+        store: the root.
+        committed: the checkpoint.
+        progress: told of each chunk's bytes.
+
+    Returns:
+        The report, with all problems, not only the first.
+
+    Raises:
+        NotFoundError: the checkpoint was pruned or replaced meanwhile.
+        UnsupportedFormatError: it is of a newer format.
+        StorageError: a read failed.
+    """
+    if committed.manifest is None:
+        problem = committed.problem
+        assert problem is not None  # noqa: S101 - a listing has one or the other
+        if not isinstance(problem, CorruptionError):
+            raise problem
+        return Report(committed.name, 0, 1, 0, (Problem(problem.key, "manifest", str(problem)),))
+    manifest = committed.manifest
+    by_file: dict[int, list[TensorEntry]] = defaultdict(list)
+    for tensor in manifest.tensors:
+        by_file[tensor.file].append(tensor)
+    problems: list[Problem] = []
+    num_bytes = num_tensors = 0
+    for index, entry in enumerate(manifest.files):
+        try:
+            reader = store.open_reader(f"{committed.key}/{entry.path}")
+        except NotFoundError:
+            again = find_committed(store, committed.name)
+            if again is None or again.manifest is None or again.manifest.checkpoint_id != manifest.checkpoint_id:
+                raise
+            problems.append(Problem(entry.path, "missing", f"{entry.path} is missing, though it was committed"))
+            continue
+        try:
+            problems += _verify_file(reader, entry, by_file.get(index), progress)
+            num_bytes += reader.size_bytes
+            num_tensors += len(by_file.get(index, []))
+        finally:
+            reader.close()
+    return Report(committed.name, num_bytes, len(manifest.files), num_tensors, tuple(problems))
+
+
+def _verify_file(
+    reader: Reader, entry: FileEntry, tensors: list[TensorEntry] | None, progress: Callable[[int], None]
+) -> list[Problem]:
+    if reader.size_bytes != entry.size_bytes:
+        text = f"{entry.path} has {reader.size_bytes} bytes, {entry.size_bytes} were committed"
+        return [Problem(entry.path, "size", text)]
+    if tensors is None:
+        crc = _crc_of(reader, 0, entry.size_bytes, progress)
+        return [] if to_hex(crc) == entry.crc64nvme else [_damaged(entry.path, entry.crc64nvme, crc)]
+    problems: list[Problem] = []
+    try:
+        header = _header(reader, entry)
+    except (ManifestError, TruncatedError) as error:
+        problems.append(Problem(entry.path, "header", str(error)))
+        header = None
+    if header is not None:
+        problems += _compare_header(header, entry, tensors)
+    position = min((tensor.byte_offset for tensor in tensors), default=entry.size_bytes)
+    whole = _crc_of(reader, 0, position, progress)
+    for tensor in sorted(tensors, key=lambda item: (item.byte_offset, item.num_bytes)):
+        crc = _crc_of(reader, tensor.byte_offset, tensor.num_bytes, progress)
+        whole = combine(whole, crc, tensor.num_bytes)
+        if to_hex(crc) != tensor.crc64nvme:
+            problems.append(_damaged(f"{entry.path}#{tensor.key}", tensor.crc64nvme, crc))
+    if not problems and to_hex(whole) != entry.crc64nvme:
+        problems.append(_damaged(entry.path, entry.crc64nvme, whole))
+    return problems
+
+
+def _damaged(key: str, expected: str, actual: int) -> Problem:
+    path, _, tensor = key.partition("#")
+    what = f"tensor {tensor} in {path}" if tensor else path
+    return Problem(key, "checksum", f"{what} is damaged: checksum {to_hex(actual)}, {expected} was committed")
+
+
+def _crc_of(reader: Reader, start: int, num_bytes: int, progress: Callable[[int], None]) -> int:
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, num_bytes)))
+    crc = 0
+    for done in range(0, num_bytes, CHUNK_BYTES):
+        chunk = buffer[: min(CHUNK_BYTES, num_bytes - done)]
+        reader.read_into(chunk, start + done)
+        crc = crc64(chunk, crc)
+        progress(len(chunk))
+    return crc
+
+
+def _header(reader: Reader, entry: FileEntry) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    first = bytearray(min(8, reader.size_bytes))
+    reader.read_into(memoryview(first), 0)
+    header = bytearray(header_size_bytes(bytes(first), reader.size_bytes, entry.path))
+    reader.read_into(memoryview(header), 0)
+    layout = parse_header(bytes(header), reader.size_bytes, entry.path)
+    return {tensor.name: (tensor.dtype, tensor.shape, tensor.byte_offset) for tensor in layout.tensors}
+
+
+def _compare_header(
+    header: dict[str, tuple[str, tuple[int, ...], int]], entry: FileEntry, tensors: list[TensorEntry]
+) -> list[Problem]:
+    listed = {tensor.key: (*stored_form(tensor.dtype, tensor.shape), tensor.byte_offset) for tensor in tensors}
+    return [
+        Problem(
+            f"{entry.path}#{name}",
+            "header",
+            f"{entry.path}: the header has {header.get(name)} for tensor {name}, the manifest {listed.get(name)}",
+        )
+        for name in sorted(header.keys() | listed.keys())
+        if header.get(name) != listed.get(name)
+    ]

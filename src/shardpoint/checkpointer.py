@@ -1,0 +1,282 @@
+"""What a training loop sees: when to save, what to keep, and where to go on after a restart."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+from shardpoint.adapters.c10d import open_comm
+from shardpoint.adapters.state import RunState, TrainState, as_roles
+from shardpoint.catalog import training_checkpoints
+from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, prune
+from shardpoint.engine import (
+    LoadResult,
+    SaveResult,
+    Source,
+    StructureCache,
+    Target,
+    load,
+    open_committed,
+    run_state,
+    save,
+    stored_run,
+    training_request,
+    training_target,
+)
+from shardpoint.engine.ballots import agree
+from shardpoint.errors import CorruptionError, NotFoundError, UsageError
+from shardpoint.events import Event, Listener, log_event
+from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep, save_is_due
+from shardpoint.storage import LocalStore, Store
+
+
+class PendingSave:
+    """A save that was asked for; already done when it was synchronous.
+
+    Args:
+        outcome: the result.
+    """
+
+    def __init__(self, outcome: SaveResult) -> None:
+        self._outcome = outcome
+
+    def done(self) -> bool:
+        """Return whether the save has ended."""
+        return True
+
+    def staged(self) -> None:
+        """Return once the trainer may change weights again."""
+
+    def result(self, timeout_s: float | None = None) -> SaveResult:
+        """Return the evidence of the committed save.
+
+        Args:
+            timeout_s: how long to wait, in seconds; None waits as long as it takes.
+        """
+        del timeout_s
+        return self._outcome
+
+
+class Checkpointer:
+    """Saves and resumes one run under one root.
+
+    Args:
+        root: the directory of checkpoints; made if it is not there.
+        save: when to save; empty means at every call.
+        keep: what to keep; empty means everything. The union of the policies is kept, and always the last one committed.
+        store: where the bytes go, instead of the local directory `root`.
+        listener: told of what happens; the default logs to the `shardpoint` logger.
+
+    Raises:
+        RootBusyError: another living run owns the root.
+        UsageError: `root` is a file.
+        StorageError: the root cannot be made.
+
+    Collective:
+        All ranks construct, save, resume and close together, after `torch.distributed` is initialised.
+
+    Durability:
+        On return the run owns the root; what dead runs left unfinished there is swept.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+        ...     state = TrainState(model=model)
+        ...     _ = checkpointer.save(state, epoch=0, step=10, batch_size=4)
+        ...     checkpointer.resume(state)
+        RunState(epoch=0, step=10, sample_start_index=40)
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        save: Sequence[SavePolicy] = (),
+        keep: Sequence[KeepPolicy] = (),
+        store: Store | None = None,
+        listener: Listener = log_event,
+    ) -> None:
+        self._store: Store = store if store is not None else LocalStore(root)
+        self._save_policies = tuple(save)
+        self._keep_policies = tuple(keep)
+        self._listener = listener
+        self._comm = open_comm()
+        self._cache = StructureCache()
+        self._previous_step: int | None = None
+        self._owner: RootOwner | None = None
+        self._closed = False
+
+        def own(_: Sequence[bool]) -> bool:
+            self._owner = acquire_root(self._store, listener=listener)
+            return True
+
+        agree(self._comm, "own the root", lambda: True, bool, own, bool)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def save(
+        self,
+        state: TrainState | Mapping[str, TrainState],
+        *,
+        epoch: int,
+        step: int,
+        batch_size: int,
+        metrics: Mapping[str, float] | None = None,
+        force: bool = False,
+    ) -> PendingSave | None:
+        """Save everything as one checkpoint, if a policy says so; then prune what no policy keeps.
+
+        Args:
+            state: the live objects, or a dict of them by role. They are read, not changed (FSDP2 modules are resharded).
+            epoch: the epoch that the run is in.
+            step: steps done; the checkpoint is called `epoch-{epoch}_step-{step}`.
+            batch_size: samples of a step, over all ranks: `sample_start_index` is `step * batch_size`.
+            metrics: numbers to keep with it; the coordinator's are stored.
+            force: save whatever the policies say.
+
+        Returns:
+            The save, done; or None when no policy wanted one.
+
+        Raises:
+            UsageError: an argument is wrong, the ranks disagree, or something in the state cannot be saved.
+            FencedError: another run took the root over.
+            AlreadyExistsError: a directory that is not ours has the checkpoint's name.
+            StorageError: with one rank; with more ranks it is in a `PeerError`.
+            PeerError: a rank failed; nothing was committed, or (topic "prune") the pruning failed.
+            CollectiveTimeout: ranks fell silent; nothing was committed.
+            CommitUnknownError: this rank heard no verdict, or the root's fsync failed.
+
+        Collective:
+            All ranks, with the same arguments but for `metrics`.
+
+        Durability:
+            On return the checkpoint survives power loss. A checkpoint of the same name is replaced at once, or stands.
+        """
+        self._check_open()
+        run = run_state(epoch, step, batch_size)
+        roles = as_roles(state)
+        due = force or save_is_due(self._save_policies, step, self._previous_step)
+        self._previous_step = step
+        if not due:
+            return None
+        request = training_request(roles, self._comm, run, metrics=metrics)
+        outcome = save(self._store, self._comm, request, self._cache, listener=self._listener)
+        if self._keep_policies:
+            agree(self._comm, "prune", lambda: True, bool, lambda _: self._prune(), bool)
+        return PendingSave(outcome)
+
+    def resume(self, state: TrainState | Mapping[str, TrainState]) -> RunState | None:
+        """Restore everything from the newest committed checkpoint.
+
+        The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the one
+        committed before it is taken, and the listener is told. The random state is restored last.
+
+        Args:
+            state: the live objects to fill, built as they were when saved; any number of ranks and any plugin.
+
+        Returns:
+            Where the run was, or None when the root has no checkpoint.
+
+        Raises:
+            MismatchError: checkpoint and state differ; nothing was changed.
+            CorruptionError: there are checkpoints, and none is intact.
+            UnsupportedFormatError: the newest is of a newer format.
+            PeerError: a rank failed otherwise.
+
+        Collective:
+            All ranks.
+        """
+        self._check_open()
+        roles = as_roles(state)
+        passed_over: list[CorruptionError] = []
+        tried: set[str] = set()
+        while True:
+            candidates = agree(
+                self._comm, "resume: list", lambda: True, bool, lambda _: self._newest_first(), list[str]
+            )
+            name = next((candidate for candidate in candidates if candidate not in tried), None)
+            if name is None:
+                break
+            tried.add(name)
+            try:
+                run = self._load(name, roles)
+            except CorruptionError as error:
+                passed_over.append(error)
+                self._tell("fell_back", f"{name} is corrupt, trying the one committed before it: {error}", name)
+                continue
+            except NotFoundError as error:
+                self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
+                continue
+            self._previous_step = run.step
+            return run
+        if passed_over:
+            last = passed_over[0]
+            last.add_note(f"none of the {len(passed_over)} checkpoints in {self._store.location} is intact")
+            raise last
+        return None
+
+    def close(self) -> None:
+        """Give the root up, so that another run may own it; a second call does nothing.
+
+        Collective:
+            All ranks should close; none waits for another.
+        """
+        self._closed = True
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this Checkpointer is closed: make a new one")
+
+    def _tell(self, kind: str, message: str, key: str) -> None:
+        if self._comm.is_coordinator:
+            self._listener(Event(kind, message, key, logging.WARNING))
+
+    def _newest_first(self) -> list[str]:
+        """Return the training checkpoints, the last committed first; then those whose manifest is damaged."""
+        found = committed_checkpoints(self._store)
+        intact = [item.name for item in found if item.manifest is not None and item.manifest.step is not None]
+        damaged = [item.name for item in found if item.manifest is None]
+        return [*reversed(intact), *damaged]
+
+    def _load(self, name: str, roles: Mapping[str, TrainState]) -> RunState:
+        run: RunState | None = None
+
+        def open_source() -> Source:
+            return open_committed(self._store, name)
+
+        def prepare(source: Source) -> Target:
+            nonlocal run
+            run = stored_run(source)
+            return training_target(source, roles, self._comm, self._listener)
+
+        result: LoadResult = load(self._comm, open_source, prepare, self._cache)
+        assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
+        text = (
+            f"resumed {name} of {self._store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"
+        )
+        if self._comm.is_coordinator:
+            self._listener(Event("loaded", text, name))
+        return run
+
+    def _prune(self) -> bool:
+        assert self._owner is not None  # noqa: S101 - runs on the coordinator, which owns the root until `close`
+        found = training_checkpoints(self._store)
+        kept = names_to_keep(self._keep_policies, found)
+        for info in found:
+            if info.name not in kept:
+                prune(self._store, self._owner, info.name)
+                self._listener(Event("pruned", f"pruned {info.name} of {self._store.location}", info.name))
+        return True

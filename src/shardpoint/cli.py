@@ -1,0 +1,212 @@
+"""What the command line offers: list a root, show a checkpoint, verify bytes; without torch.
+
+Exit codes are those of the error classes: 0 all is well, 2 usage, 10 not found, 12 never committed, 20 corrupt, and so on.
+`--json` prints one JSON object whose fields are stable.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardpoint.errors import CheckpointError, CorruptionError
+
+app = typer.Typer(
+    name="shardpoint",
+    help="Look at checkpoints that Shardpoint saved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:  # noqa: PLR2004 - decimal units
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _summary(item: Any) -> dict[str, Any]:
+    manifest = item.manifest
+    if manifest is None:
+        return {"name": item.name, "problem": str(item.problem)}
+    return {
+        "name": item.name,
+        "epoch": manifest.epoch,
+        "step": manifest.step,
+        "sample_start_index": manifest.sample_start_index,
+        "sequence": manifest.commit_sequence,
+        "checkpoint_id": manifest.checkpoint_id,
+        "created_utc": manifest.created_utc,
+        "world_size": manifest.world_size,
+        "roles": manifest.roles,
+        "num_bytes": manifest.total_bytes,
+        "num_files": len(manifest.files),
+        "num_tensors": len(manifest.tensors),
+        "metrics": manifest.metrics,
+        "library": manifest.library,
+        "format": f"{manifest.version[0]}.{manifest.version[1]}",
+    }
+
+
+@app.command("ls")
+def list_command(
+    root: Annotated[Path, typer.Argument(help="A directory of checkpoints.")], as_json: AsJson = False
+) -> None:
+    """List the committed checkpoints of ROOT, the last committed last."""
+    from shardpoint.catalog import list_root
+
+    found = [_summary(item) for item in list_root(root)]
+    if as_json:
+        _print_json({"root": str(root), "checkpoints": found})
+        return
+    if not found:
+        typer.echo(f"{root} has no committed checkpoint")
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence"):
+        table.add_column(heading, justify="left" if heading in ("checkpoint", "committed (UTC)") else "right")
+    for item in found:
+        if "problem" in item:
+            table.add_row(escape(item["name"]), f"[red]{escape(item['problem'])}[/]")
+            continue
+        position = [str(item[key]) if item[key] is not None else "-" for key in ("epoch", "step", "sample_start_index")]
+        table.add_row(
+            escape(item["name"]),
+            *position,
+            _size(item["num_bytes"]),
+            str(item["world_size"]),
+            item["created_utc"],
+            str(item["sequence"]),
+        )
+    Console().print(table)
+
+
+@app.command("show")
+def show_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's directory.")],
+    as_json: AsJson = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
+) -> None:
+    """Show what CHECKPOINT holds, from its manifest; bytes are not read (see verify)."""
+    from shardpoint.catalog import open_path
+
+    _, item = open_path(checkpoint)
+    manifest = item.manifest
+    if manifest is None:
+        assert item.problem is not None  # noqa: S101 - one or the other
+        raise item.problem
+    summary = _summary(item)
+    if as_json:
+        summary["files"] = [
+            {"path": entry.path, "size_bytes": entry.size_bytes, "crc64nvme": entry.crc64nvme}
+            for entry in manifest.files
+        ]
+        summary["tensors"] = [
+            {
+                "part": entry.part,
+                "fqn": entry.fqn,
+                "state": entry.state,
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "file": manifest.files[entry.file].path,
+                "byte_offset": entry.byte_offset,
+                "num_bytes": entry.num_bytes,
+                "crc64nvme": entry.crc64nvme,
+            }
+            for entry in manifest.tensors
+        ]
+        _print_json(summary)
+        return
+    width = max(len(name) for name in summary)
+    for name, value in summary.items():
+        shown = f"{_size(value)} ({value} bytes)" if name == "num_bytes" else value
+        typer.echo(f"{name.ljust(width)}  {shown}")
+    typer.echo("files")
+    for entry in manifest.files:
+        typer.echo(f"  {entry.crc64nvme}  {_size(entry.size_bytes):>9}  {entry.path}")
+    if tensors:
+        typer.echo("tensors")
+        for tensor in manifest.tensors:
+            state = f" [{tensor.state}]" if tensor.state is not None else ""
+            typer.echo(
+                f"  {tensor.crc64nvme}  {tensor.dtype:>5} {list(tensor.shape)}  {tensor.part}: {tensor.fqn}{state}"
+            )
+
+
+@app.command("verify")
+def verify_command(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a directory of them.")], as_json: AsJson = False
+) -> None:
+    """Read every byte of a checkpoint, or of all of a root, and compare it with what was committed."""
+    from shardpoint.catalog import is_root, list_root, open_path, verify
+    from shardpoint.storage import LocalStore
+
+    if is_root(path):
+        store, items = LocalStore(path), list_root(path)
+    else:
+        opened, item = open_path(path)
+        store, items = opened, [item]  # type: ignore[assignment]
+    reports = [verify(store, item) for item in items]
+    damaged = [report for report in reports if not report.ok]
+    if as_json:
+        _print_json(
+            {
+                "ok": not damaged,
+                "checkpoints": [
+                    {
+                        "name": report.name,
+                        "ok": report.ok,
+                        "num_bytes": report.num_bytes,
+                        "num_files": report.num_files,
+                        "num_tensors": report.num_tensors,
+                        "problems": [
+                            {"key": problem.key, "kind": problem.kind, "message": problem.message}
+                            for problem in report.problems
+                        ],
+                    }
+                    for report in reports
+                ],
+            }
+        )
+    else:
+        for report in reports:
+            verdict = "ok" if report.ok else "CORRUPT"
+            typer.echo(
+                f"{verdict:7}  {report.name}: {report.num_files} files, {report.num_tensors} tensors, {_size(report.num_bytes)}"
+            )
+            for problem in report.problems:
+                typer.echo(f"         {problem.message}")
+        if not reports:
+            typer.echo(f"{path} has no committed checkpoint")
+    if damaged:
+        raise typer.Exit(CorruptionError.exit_code)
+
+
+def main() -> None:
+    """Run the command line: `shardpoint ls|show|verify`."""
+    try:
+        app()
+    except CheckpointError as error:
+        if "--json" in sys.argv:
+            _print_json({"error": type(error).__name__, "message": str(error), **error.details()})
+        else:
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise SystemExit(error.exit_code) from error

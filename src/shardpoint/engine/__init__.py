@@ -1,0 +1,57 @@
+"""The order of work of a save and of a load. Import what it offers from here."""
+
+from shardpoint.engine.foreign import load_foreign, save_foreign
+from shardpoint.engine.load import Target, load
+from shardpoint.engine.parts import (
+    load_lr_scheduler,
+    load_model,
+    load_optimizer,
+    save_adapter_directory,
+    save_lr_scheduler,
+    save_model_directory,
+    save_model_file,
+    save_optimizer_directory,
+    save_optimizer_file,
+)
+from shardpoint.engine.results import LoadResult, SaveResult
+from shardpoint.engine.save import SaveRequest, save
+from shardpoint.engine.source import Source, open_committed, source_of
+from shardpoint.engine.structure import StructureCache
+from shardpoint.engine.training import (
+    checkpoint_name,
+    run_state,
+    running_states,
+    stored_run,
+    training_request,
+    training_target,
+)
+
+__all__ = [
+    "LoadResult",
+    "SaveRequest",
+    "SaveResult",
+    "Source",
+    "StructureCache",
+    "Target",
+    "checkpoint_name",
+    "load",
+    "load_foreign",
+    "load_lr_scheduler",
+    "load_model",
+    "load_optimizer",
+    "open_committed",
+    "run_state",
+    "running_states",
+    "save",
+    "save_adapter_directory",
+    "save_foreign",
+    "save_lr_scheduler",
+    "save_model_directory",
+    "save_model_file",
+    "save_optimizer_directory",
+    "save_optimizer_file",
+    "source_of",
+    "stored_run",
+    "training_request",
+    "training_target",
+]

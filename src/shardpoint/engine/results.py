@@ -1,0 +1,53 @@
+"""What a save and a load give back: evidence, not just success."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """What was committed.
+
+    Attributes:
+        name: the checkpoint's name in its root.
+        path: where it is.
+        checkpoint_id: 32 hex digits.
+        sequence: the commit sequence number.
+        num_bytes: bytes of all files but the manifest.
+        num_tensors: tensors stored.
+        seconds: wall time of the save on this rank.
+        notes: what a person should know (a filesystem that could not reserve space).
+    """
+
+    name: str
+    path: str
+    checkpoint_id: str
+    sequence: int
+    num_bytes: int
+    num_tensors: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """What was loaded.
+
+    Attributes:
+        name: the checkpoint.
+        num_bytes: bytes that this rank read into tensors.
+        num_tensors: tensors that this rank filled (a part of).
+        seconds: wall time of the load on this rank.
+        verified: True when every tensor's checksum was compared; False for files without a manifest.
+        missing: names of the target that the checkpoint lacks, left as they were (`strict=False`).
+        unexpected: names of the checkpoint that the target lacks (`strict=False`).
+    """
+
+    name: str
+    num_bytes: int
+    num_tensors: int
+    seconds: float
+    verified: bool
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()

@@ -1,0 +1,129 @@
+"""How the ranks come to plan from one table: digests first, tables only when a structure is new.
+
+Ballots of 32 bytes tell which ranks have the same table; only one rank of each kind sends its table, and only when some
+rank's structure differs from that of the last time. The digest of the merged table is then compared on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from shardpoint.errors import DistributedError
+from shardpoint.planning import MergedTable, Table, decode_table, encode_table, merge_tables
+
+MAX_CACHED = 8
+
+
+class StructureBallot(msgspec.Struct, frozen=True):
+    """One rank's structure.
+
+    Attributes:
+        table: digest of its table.
+        known: the structure key under which this rank has that table cached; empty when it is new.
+        documents: digest of its documents.
+        facts: what must be equal on all ranks, as text (name, epoch, step).
+    """
+
+    table: bytes
+    known: bytes
+    documents: bytes
+    facts: str
+
+
+class StructureVerdict(msgspec.Struct, frozen=True):
+    """Who sends what.
+
+    Attributes:
+        key: identifies the ranks' tables together.
+        table_senders: lowest rank of each kind of table -> the ranks of that kind; empty when all have it cached.
+        document_senders: lowest rank of each kind of documents.
+    """
+
+    key: bytes
+    table_senders: list[tuple[int, list[int]]]
+    document_senders: list[int]
+
+
+@dataclass
+class StructureCache:
+    """Merged tables of the last structures, by their key."""
+
+    _merged: OrderedDict[bytes, MergedTable] = field(default_factory=OrderedDict)
+    _key_of: dict[bytes, bytes] = field(default_factory=dict)
+
+    def key_for(self, table_digest: bytes) -> bytes:
+        """Return the key of the structure that this rank's table was last part of, or nothing."""
+        key = self._key_of.get(table_digest, b"")
+        return key if key in self._merged else b""
+
+    def get(self, key: bytes) -> MergedTable | None:
+        """Return a merged table."""
+        return self._merged.get(key)
+
+    def put(self, key: bytes, table_digest: bytes, merged: MergedTable) -> None:
+        """Remember a merged table; the oldest is forgotten."""
+        self._merged[key] = merged
+        self._merged.move_to_end(key)
+        self._key_of[table_digest] = key
+        while len(self._merged) > MAX_CACHED:
+            self._merged.popitem(last=False)
+        self._key_of = {digest: known for digest, known in self._key_of.items() if known in self._merged}
+
+
+def digest_of(data: bytes) -> bytes:
+    """Return 32 bytes that identify some bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def decide_structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> StructureVerdict:
+    """Decide, on the coordinator, who sends what."""
+    key = digest_of(b"".join(ballot.table for ballot in ballots))
+    kinds: dict[bytes, list[int]] = {}
+    documents: dict[bytes, int] = {}
+    for rank, ballot in enumerate(ballots):
+        kinds.setdefault(ballot.table, []).append(rank)
+        documents.setdefault(ballot.documents, rank)
+    cached = cache.get(key) is not None and all(ballot.known == key for ballot in ballots)
+    senders = [] if cached else [(ranks[0], ranks) for ranks in kinds.values()]
+    return StructureVerdict(key, senders, sorted(documents.values()))
+
+
+def merge_sent(sent: Sequence[tuple[list[int], bytes]], world_size: int) -> MergedTable:
+    """Merge the tables that were sent, each with its ranks."""
+    return merge_tables([(ranks, decode_table(data)) for ranks, data in sent], world_size)
+
+
+def settle(
+    cache: StructureCache,
+    verdict: StructureVerdict,
+    own: Table,
+    tables: Sequence[tuple[list[int], bytes]],
+    digest: bytes,
+    world_size: int,
+) -> MergedTable:
+    """Return the merged table on this rank, and remember it.
+
+    Args:
+        cache: this rank's.
+        verdict: of the structure round.
+        own: this rank's table.
+        tables: what was sent, or nothing where all have it cached.
+        digest: the coordinator's digest of the merged table.
+        world_size: the number of ranks.
+
+    Raises:
+        DistributedError: this rank's merged table is not the coordinator's.
+    """
+    merged = merge_sent(tables, world_size) if tables else cache.get(verdict.key)
+    if merged is None or merged.digest != digest:
+        text = (
+            "this rank's merged table of tensors is not the coordinator's: the ranks run different releases, or a bug"
+        )
+        raise DistributedError(text)
+    cache.put(verdict.key, digest_of(encode_table(own)), merged)
+    return merged

@@ -1,0 +1,304 @@
+"""How a whole training state is saved and resumed: every role's model, optimizer, scheduler and sampler, and the random state."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from shardpoint.adapters import lora
+from shardpoint.adapters.collect import (
+    EXTRA_STATE_NAME,
+    GROUPS_NAME,
+    Collected,
+    collect_roles,
+    join,
+    load_extra_state,
+    load_scheduler_document,
+    rank_document,
+)
+from shardpoint.adapters.names import NamedModule, name_tensors
+from shardpoint.adapters.rng import derive_rng, read_rng, write_rng
+from shardpoint.adapters.state import RunState, TrainState
+from shardpoint.adapters.tensors import live_values
+from shardpoint.comm import Comm
+from shardpoint.engine.load import Target
+from shardpoint.engine.save import SaveRequest
+from shardpoint.engine.source import Source
+from shardpoint.errors import CorruptionError, ManifestError, MismatchError, UnsupportedFormatError, UsageError
+from shardpoint.events import Event, Listener
+from shardpoint.manifest import decode_document, encode_document
+
+RUNNING_STATES_NAME = "running_states.json"
+RNG_DIRECTORY = "rng"
+
+
+def checkpoint_name(epoch: int, step: int) -> str:
+    """Return the directory name of a training checkpoint."""
+    return f"epoch-{epoch}_step-{step}"
+
+
+def run_state(epoch: int, step: int, batch_size: int) -> RunState:
+    """Return the position that a checkpoint records.
+
+    Raises:
+        UsageError: a number is not an integer, or is negative; or the batch size is not positive.
+    """
+    for name, value, least in (("epoch", epoch, 0), ("step", step, 0), ("batch_size", batch_size, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UsageError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+    return RunState(epoch, step, step * batch_size)
+
+
+def running_states(run: RunState) -> bytes:
+    """Return `running_states.json`: exactly epoch, step and sample_start_index."""
+    fields = {"epoch": run.epoch, "step": run.step, "sample_start_index": run.sample_start_index}
+    return json.dumps(fields, ensure_ascii=False, indent=4).encode()
+
+
+def training_request(
+    roles: Mapping[str, TrainState], comm: Comm, run: RunState, *, metrics: Mapping[str, float] | None = None
+) -> SaveRequest:
+    """Describe the save of a whole training state.
+
+    Args:
+        roles: role -> state.
+        comm: the ranks.
+        run: the position.
+        metrics: what the trainer passes along.
+    """
+
+    def collect() -> Collected:
+        collected = collect_roles(roles, comm.rank, is_coordinator=comm.is_coordinator)
+        # The random state is read last, so that nothing in the walk above draws from it afterwards.
+        collected.rank_documents[rank_document(RNG_DIRECTORY, comm.rank)] = encode_document(read_rng())
+        return collected
+
+    request = SaveRequest(checkpoint_name(run.epoch, run.step), collect, run, list(roles), dict(metrics or {}))
+    return replace(request, documents={RUNNING_STATES_NAME: running_states(run)})
+
+
+def stored_run(source: Source) -> RunState:
+    """Return the position that a checkpoint records in `running_states.json`.
+
+    Raises:
+        ManifestError: the document is not there, or is not one.
+        CorruptionError: it is damaged.
+    """
+    data = source.document(RUNNING_STATES_NAME)
+    try:
+        fields = json.loads(data or b"")
+        return RunState(fields["epoch"], fields["step"], fields["sample_start_index"])
+    except (ValueError, KeyError, TypeError) as error:
+        text = f"{source.manifest.name} has no readable {RUNNING_STATES_NAME}: it is not a training checkpoint"
+        raise ManifestError(text, key=RUNNING_STATES_NAME) from error
+
+
+def training_target(
+    source: Source,
+    roles: Mapping[str, TrainState],
+    comm: Comm,
+    listener: Listener,
+    *,
+    weights: bool = True,
+    partial: bool = False,
+    random_state: bool = True,
+) -> Target:
+    """Prepare live objects to be filled from a checkpoint; nothing is changed before `install`.
+
+    Args:
+        source: the checkpoint.
+        roles: role -> state.
+        comm: the ranks.
+        listener: told where a rank's random state had to be derived.
+        weights: whether the models themselves are filled (False: they only give the optimizers' names).
+        partial: allow what the checkpoint has and the state leaves out (no optimizer, no scheduler).
+        random_state: whether the random state is restored.
+
+    Raises:
+        MismatchError: roles, optimizers, schedulers or samplers that only one side has.
+        CorruptionError: a document is damaged.
+    """
+    if not source.manifest.tensors and source.manifest.file("modeling/config.json") is None and weights:
+        text = f"{source.manifest.name} holds another library's files, no tensors of ours: load it with that library's Booster"
+        raise UnsupportedFormatError(text)
+    missing = [f"role {name!r}" for name in roles if name not in source.manifest.roles]
+    unexpected = [f"role {name!r}" for name in source.manifest.roles if name not in roles]
+    collected = Collected(comm.rank)
+    installs: list[Callable[[], None]] = []
+    parts: set[str] = set()
+    for role, state in roles.items():
+        if f"role {role!r}" in missing:
+            continue
+        named = name_tensors(state.model)
+        if weights:
+            parts |= _add_weights(source, role, named, collected, installs, missing)
+        _add_optimizer(source, role, state, named, collected, parts, missing, unexpected)
+        _add_scheduler(source, role, state, installs, missing, unexpected)
+        _add_sampler(source, role, state, comm, installs, missing, unexpected)
+    if missing or (unexpected and not partial):
+        lines = [f"  the target has, the checkpoint lacks: {name}" for name in missing]
+        lines += [f"  the checkpoint has, the target lacks: {name}" for name in unexpected]
+        text = f"checkpoint {source.manifest.name} does not fit the target; nothing was changed:\n" + "\n".join(lines)
+        raise MismatchError(text, missing=missing, unexpected=unexpected)
+    if random_state:
+        installs += _random_state(source, comm, listener)
+
+    def install() -> None:
+        for optimizer in collected.optimizers:
+            optimizer.install()
+        for put_back in installs:
+            put_back()
+
+    return Target(collected, frozenset(parts), install)
+
+
+def _add_weights(
+    source: Source,
+    role: str,
+    named: NamedModule,
+    collected: Collected,
+    installs: list[Callable[[], None]],
+    missing: list[str],
+) -> set[str]:
+    modeling, adapters = join(role, "modeling"), join(role, "adapter")
+    collected.add_model(named, modeling, adapters)
+    if named.extra_states:
+        path = join(modeling, EXTRA_STATE_NAME)
+        data = source.document(path)
+        if data is None:
+            missing.append(f"{modeling}: extra state of {', '.join(named.extra_states)}")
+        else:
+            installs.append(lambda: load_extra_state(named, data, path))
+    stored = {tensor.part for tensor in source.manifest.tensors if tensor.part.startswith(f"{adapters}/")}
+    return {modeling, *stored, *(join(adapters, name) for name in lora.adapter_names(named.root))}
+
+
+def _add_optimizer(
+    source: Source,
+    role: str,
+    state: TrainState,
+    named: NamedModule,
+    collected: Collected,
+    parts: set[str],
+    missing: list[str],
+    unexpected: list[str],
+) -> None:
+    part = join(role, "optimizer")
+    path = join(part, GROUPS_NAME)
+    if state.optimizer is None:
+        if source.manifest.file(path) is not None:
+            unexpected.append(part)
+        return
+    data = source.document(path)
+    if data is None:
+        missing.append(f"{part} (a resume without it would start the optimizer afresh)")
+        return
+    collected.add_optimizer_target(state.optimizer, named, part, optimizer_document(data, path), source.manifest)
+    parts.add(part)
+
+
+def optimizer_document(data: bytes, path: str) -> dict[str, object]:
+    """Return a `param_groups.json`, its form checked.
+
+    Raises:
+        ManifestError: it is not one.
+    """
+    document = decode_document(data, path)
+    try:
+        well_formed = all(
+            isinstance(group["params"], list) and isinstance(group["options"], dict) for group in document["groups"]
+        ) and all(isinstance(values, dict) for values in document["states"].values())
+    except (KeyError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        text = f"{path} does not have the form of an optimizer's param groups"
+        raise ManifestError(text, key=path)
+    assert isinstance(document, dict)  # noqa: S101 - for the type checker
+    return document
+
+
+def _add_scheduler(
+    source: Source,
+    role: str,
+    state: TrainState,
+    installs: list[Callable[[], None]],
+    missing: list[str],
+    unexpected: list[str],
+) -> None:
+    path = join(role, "lr_scheduler.json")
+    if state.lr_scheduler is None:
+        if source.manifest.file(path) is not None:
+            unexpected.append(path)
+        return
+    data = source.document(path)
+    if data is None:
+        missing.append(path)
+    else:
+        installs.append(lambda: load_scheduler_document(state.lr_scheduler, data, path))
+
+
+def _add_sampler(
+    source: Source,
+    role: str,
+    state: TrainState,
+    comm: Comm,
+    installs: list[Callable[[], None]],
+    missing: list[str],
+    unexpected: list[str],
+) -> None:
+    directory = join(role, "data")
+    stored = [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
+    if state.sampler is None:
+        if stored:
+            unexpected.append(directory)
+        return
+    path = rank_document(directory, comm.rank)
+    data = source.document(path)
+    if not stored:
+        missing.append(directory)
+        return
+    if data is None or source.manifest.world_size != comm.world_size:
+        # Another number of ranks: only a state that does not depend on the rank can go on.
+        contents = {source.document(other) for other in stored}
+        if len(contents) != 1:
+            text = (
+                f"{source.manifest.name} was saved by {source.manifest.world_size} ranks whose sampler states differ; on "
+                f"{comm.world_size} ranks their position is undefined: use a sampler whose state is the same on all ranks "
+                "(shardpoint.data.StatefulDistributedSampler), or resume on as many ranks"
+            )
+            raise MismatchError(text, mismatched=[f"{directory}: {len(contents)} different states"])
+        data = contents.pop()
+    assert data is not None  # noqa: S101 - listed files have contents
+    values = live_values(decode_document(data, path))
+    installs.append(lambda: state.sampler.load_state_dict(values))
+
+
+def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callable[[], None]]:
+    path = rank_document(RNG_DIRECTORY, comm.rank)
+    data = source.document(path)
+    if data is not None:
+        state = decode_document(data, path)
+        return [lambda: write_rng(state, path)]
+    first = source.document(rank_document(RNG_DIRECTORY, 0))
+    if first is None:
+        return []
+    text = (
+        f"rank {comm.rank} was not there when {source.manifest.name} was saved by {source.manifest.world_size} ranks: its "
+        "random state is derived from rank 0's"
+    )
+    event = Event("rng_derived", text, source.manifest.name, logging.WARNING)
+
+    def derive() -> None:
+        derive_rng(first, comm.rank)
+        listener(event)
+
+    return [derive]
+
+
+def is_corruption(error: BaseException) -> bool:
+    """Tell whether an error means that this checkpoint is bad and an earlier one may do."""
+    return isinstance(error, CorruptionError)

@@ -1,0 +1,140 @@
+"""What every store must do: a suite that a store's author runs by subclassing it in a test module.
+
+class TestMyStore(StoreTests):
+    @pytest.fixture
+    def store(self, tmp_path):
+        return MyStore(tmp_path / "root")
+"""
+
+from __future__ import annotations
+
+from shardpoint.errors import AlreadyExistsError, CheckpointError, NotFoundError, TruncatedError
+from shardpoint.storage import Store, SyncPoint
+
+
+def _refuses(kind: type[CheckpointError], operation: str, store: Store, *arguments: object) -> None:
+    try:
+        getattr(store, operation)(*arguments)
+    except kind:
+        return
+    raise AssertionError(f"{operation}{arguments} did not raise {kind.__name__}")
+
+
+def _expect(held: object, what: str) -> None:
+    if not held:
+        raise AssertionError(what)
+
+
+class StoreTests:
+    """The conformance suite; a subclass supplies the fixture `store`, an empty store whose root is not made yet."""
+
+    def test_make_root_twice(self, store: Store) -> None:
+        """A root may be there already."""
+        store.make_root()
+        store.make_root()
+        _expect(store.entries("") == [], "a new root is empty")
+
+    def test_missing_things_are_not_found(self, store: Store) -> None:
+        """Each reading operation says so."""
+        store.make_root()
+        for operation in ("read_bytes", "open_reader", "open_writer", "size_bytes", "entries"):
+            _refuses(NotFoundError, operation, store, "absent")
+        _refuses(NotFoundError, "rename", store, "absent", "elsewhere")
+        _refuses(NotFoundError, "create_file", store, "absent/file", 1)
+        _expect(not store.exists("absent"), "absent does not exist")
+
+    def test_directories(self, store: Store) -> None:
+        """One level at a time, never twice, listed by name."""
+        store.make_root()
+        store.make_directory("b")
+        store.make_directory("b/c")
+        store.make_directory("a")
+        _refuses(AlreadyExistsError, "make_directory", store, "a")
+        _refuses(NotFoundError, "make_directory", store, "x/y")
+        listed = [(entry.name, entry.is_directory) for entry in store.entries("")]
+        _expect(listed == [("a", True), ("b", True)], f"directories are listed by name: {listed}")
+
+    def test_writes_at_offsets(self, store: Store) -> None:
+        """A created file has its size, reads as zeros, and keeps what is written where it is written."""
+        store.make_root()
+        store.create_file("f", 10)
+        _refuses(AlreadyExistsError, "create_file", store, "f", 10)
+        _expect(store.size_bytes("f") == 10, "the size is given on creation")  # noqa: PLR2004 - as created
+        first, second = store.open_writer("f"), store.open_writer("f")
+        second.write_at(b"yz", 8)
+        first.write_at(memoryview(b"abc"), 1)
+        for writer in (first, second):
+            writer.sync(SyncPoint.TENSOR_FILE)
+            writer.close()
+        _expect(store.read_bytes("f") == b"\0abc\0\0\0\0yz", "bytes are where they were written")
+
+    def test_reads_at_offsets(self, store: Store) -> None:
+        """A read fills its target or says that the file is short."""
+        store.make_root()
+        store.write_document("f", b"0123456789", SyncPoint.DOCUMENT)
+        _refuses(AlreadyExistsError, "write_document", store, "f", b"", SyncPoint.DOCUMENT)
+        reader = store.open_reader("f")
+        target = bytearray(4)
+        reader.read_into(memoryview(target), 3)
+        _expect(bytes(target) == b"3456" and reader.size_bytes == 10, "a read is exact")  # noqa: PLR2004 - as written
+        try:
+            reader.read_into(memoryview(target), 8)
+        except TruncatedError:
+            pass
+        else:
+            raise AssertionError("a read behind the end did not raise TruncatedError")
+        finally:
+            reader.close()
+
+    def test_rename_never_replaces(self, store: Store) -> None:
+        """Not even an empty directory."""
+        store.make_root()
+        for name in ("a", "b"):
+            store.make_directory(name)
+        store.write_document("a/f", b"a", SyncPoint.DOCUMENT)
+        _refuses(AlreadyExistsError, "rename", store, "a", "b")
+        store.rename("a", "c")
+        _expect(store.read_bytes("c/f") == b"a" and not store.exists("a"), "a rename moves everything")
+
+    def test_exchange(self, store: Store) -> None:
+        """Both names, or neither."""
+        store.make_root()
+        for name in ("a", "b"):
+            store.make_directory(name)
+            store.write_document(f"{name}/f", name.encode(), SyncPoint.DOCUMENT)
+        if store.exchange("a", "b"):
+            _expect((store.read_bytes("a/f"), store.read_bytes("b/f")) == (b"b", b"a"), "exchanged")
+        else:
+            _expect((store.read_bytes("a/f"), store.read_bytes("b/f")) == (b"a", b"b"), "refused, nothing done")
+
+    def test_replace_file(self, store: Store) -> None:
+        """A file takes the place of another."""
+        store.make_root()
+        store.write_document("old", b"old", SyncPoint.DOCUMENT)
+        store.write_document("new", b"new", SyncPoint.DOCUMENT)
+        store.replace_file("new", "old")
+        _expect(store.read_bytes("old") == b"new" and not store.exists("new"), "replaced")
+
+    def test_remove_tree(self, store: Store) -> None:
+        """Everything below goes."""
+        store.make_root()
+        store.make_directory("a")
+        store.make_directory("a/b")
+        store.write_document("a/b/f", b"", SyncPoint.DOCUMENT)
+        store.write_document("a/m", b"", SyncPoint.DOCUMENT)
+        store.remove_tree("a", first="m")
+        _expect(not store.exists("a"), "removed")
+
+    def test_lock_is_exclusive(self, store: Store) -> None:
+        """A second taker waits for nobody: it hears None, in this process too."""
+        store.make_root()
+        lock = store.lock("lock")
+        _expect(lock is not None, "a free lock is taken")
+        _expect(store.lock("lock") is None, "a held lock is refused")
+        if lock is not None:
+            lock.release()
+            lock.release()
+        again = store.lock("lock")
+        _expect(again is not None, "a released lock is free")
+        if again is not None:
+            again.release()
