@@ -7,6 +7,7 @@ end), and leaves the log of every run in `demo/logs`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -255,7 +256,7 @@ def resident_bytes(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def draw_losses(path: Path) -> None:
+def draw_losses(path: Path) -> str:
     """Overlay the losses of (a), (b) and (c), with the kill marked."""
     import matplotlib as mpl  # noqa: PLC0415 - as for transformers
 
@@ -280,6 +281,7 @@ def draw_losses(path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", title="SmolLM2-135M-Instruct on docstrings: killed, restarted, reshaped")
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
+    return str(path)
 
 
 def show(title: str, obtain: Callable[[], str]) -> Result:
@@ -295,6 +297,13 @@ def show(title: str, obtain: Callable[[], str]) -> Result:
 
 def main() -> int:
     """Show the five results; return 0 if all hold."""
+    DEMO.mkdir(exist_ok=True)
+    lock = (DEMO / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        console.print(f"another demo is running in {DEMO}")
+        return 1
     began, memory = time.monotonic(), MemoryWatch()
     memory.start()
     for directory in (RUNS, LOGS):
@@ -307,7 +316,7 @@ def main() -> int:
         show("(d) modeling/ opened with from_pretrained", opened_and_asked),
         show("(e) one byte flipped in the newest checkpoint", damaged_and_fallen_back),
     ]
-    draw_losses(DEMO / "loss.png")
+    drawn = show("the losses drawn", lambda: draw_losses(DEMO / "loss.png"))
 
     table = Table(show_lines=True)
     for heading in ("result", "holds", "evidence", "seconds"):
@@ -318,8 +327,8 @@ def main() -> int:
     console.print(table)
     seconds, peak_gb = time.monotonic() - began, memory.stop()
     console.print(f"{seconds:.0f} s (at most {LIMIT_S}), {peak_gb:.1f} GB of memory at the peak (at most {LIMIT_GB})")
-    console.print(f"losses: {DEMO / 'loss.png'}; logs: {LOGS}; checkpoints: {RUNS}")
-    return 0 if all(result.held for result in results) else 1
+    console.print(f"losses: {drawn.evidence}; logs: {LOGS}; checkpoints: {RUNS}")
+    return 0 if all(result.held for result in [*results, drawn]) else 1
 
 
 if __name__ == "__main__":

@@ -21,11 +21,29 @@ from shardpoint.errors import (
     NotFoundError,
     TornCheckpointError,
     TruncatedError,
+    UnsupportedFormatError,
+    UsageError,
 )
-from shardpoint.manifest import FileEntry, Manifest, TensorEntry
+from shardpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from shardpoint.storage import LocalStore, Reader, Store
 
 CHUNK_BYTES = 16 * 2**20
+
+# What a loader would open though nobody committed it: transformers takes a `model.safetensors` before an index, and an
+# `adapter_config.json` changes what it loads. A text file or a picture that a person put there does no harm.
+LOADED_SUFFIXES = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".jinja",
+    ".json",
+    ".model",
+    ".pkl",
+    ".pt",
+    ".pth",
+    ".py",
+    ".safetensors",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +73,7 @@ class Problem:
 
     Attributes:
         key: the file, and after a `#` the tensor, where it is one.
-        kind: `"missing"`, `"size"`, `"checksum"`, `"header"` or `"manifest"`.
+        kind: `"missing"`, `"unexpected"`, `"size"`, `"checksum"`, `"header"`, `"manifest"` or `"format"`.
         message: one sentence.
     """
 
@@ -70,8 +88,8 @@ class Report:
 
     Attributes:
         name: the checkpoint.
-        num_bytes: bytes read.
-        num_files: files looked at.
+        num_bytes: bytes whose checksum was compared.
+        num_files: files that the manifest lists.
         num_tensors: tensors whose checksum was compared.
         problems: nothing, when every byte is as it was committed.
     """
@@ -91,13 +109,18 @@ class Report:
 def training_checkpoints(store: Store) -> list[Info]:
     """Return the intact training checkpoints of a root in the order of their commits, the oldest first.
 
+    Only those that have the name that they were committed under: what a person renamed, copied or linked is theirs. It
+    does not count when old ones are pruned, and is not pruned.
+
     Raises:
         NotFoundError: the root does not exist.
     """
     found: list[Info] = []
     for item in committed_checkpoints(store):
         manifest = item.manifest
-        if manifest is not None and manifest.step is not None and manifest.epoch is not None:
+        if manifest is None or manifest.name != item.name:
+            continue
+        if manifest.step is not None and manifest.epoch is not None:
             found.append(
                 Info(
                     item.name,
@@ -116,11 +139,16 @@ def list_root(root: str | os.PathLike[str]) -> list[Committed]:
 
     Raises:
         NotFoundError: the directory does not exist.
-        UsageError: it is a file.
+        UsageError: it is a file, or a checkpoint.
     """
     store = LocalStore(root)
     if not store.exists(""):
         raise NotFoundError(f"there is no directory {store.location}")
+    if store.exists(MANIFEST_NAME):
+        text = (
+            f"{store.location} is a checkpoint, not a directory of checkpoints: `shardpoint show` tells what it holds"
+        )
+        raise UsageError(text)
     return committed_checkpoints(store)
 
 
@@ -130,7 +158,7 @@ def open_path(path: str | os.PathLike[str]) -> tuple[Store, Committed]:
     Raises:
         NotFoundError: nothing is there.
         TornCheckpointError: a directory without a manifest is there.
-        UsageError: the path is a file.
+        UsageError: the path is a file, or a root.
     """
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 - must not resolve symlinks
     if absolute.exists():
@@ -140,16 +168,24 @@ def open_path(path: str | os.PathLike[str]) -> tuple[Store, Committed]:
     if committed is not None:
         return store, committed
     if absolute.exists():
-        raise TornCheckpointError(
-            f"{absolute} has no manifest: it was never committed by Shardpoint (a torn save, or another program's directory)"
-        )
+        if is_root(absolute):
+            raise UsageError(f"{absolute} is a directory of checkpoints: give one of those that `shardpoint ls` lists")
+        text = f"{absolute} has no manifest: it was never committed by Shardpoint"
+        text += " (a torn save, or another program's directory)"
+        raise TornCheckpointError(text)
     raise NotFoundError(f"there is no checkpoint {absolute}")
 
 
 def is_root(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path is a root (has checkpoints in it) rather than a checkpoint."""
+    """Tell whether a path is a root (has checkpoints in it, or had a run) rather than a checkpoint.
+
+    Raises:
+        UsageError: the path is a file.
+    """
     store = LocalStore(path)
-    return store.exists("") and (store.exists(CONTROL_DIRECTORY) or bool(committed_checkpoints(store)))
+    if not store.exists("") or store.exists(MANIFEST_NAME):
+        return False
+    return store.exists(CONTROL_DIRECTORY) or bool(committed_checkpoints(store))
 
 
 def _no_progress(_: int) -> None:
@@ -177,7 +213,7 @@ def verify(store: Store, committed: Committed, progress: Callable[[int], None] =
         assert problem is not None  # noqa: S101 - a listing has one or the other
         if not isinstance(problem, CorruptionError):
             raise problem
-        return Report(committed.name, 0, 1, 0, (Problem(problem.key, "manifest", str(problem)),))
+        return Report(committed.name, 0, 0, 0, (Problem(problem.key, "manifest", str(problem)),))
     manifest = committed.manifest
     by_file: dict[int, list[TensorEntry]] = defaultdict(list)
     for tensor in manifest.tensors:
@@ -188,26 +224,83 @@ def verify(store: Store, committed: Committed, progress: Callable[[int], None] =
         try:
             reader = store.open_reader(f"{committed.key}/{entry.path}")
         except NotFoundError:
-            again = find_committed(store, committed.name)
-            if again is None or again.manifest is None or again.manifest.checkpoint_id != manifest.checkpoint_id:
-                raise
+            _check_still_there(store, committed)
             problems.append(Problem(entry.path, "missing", f"{entry.path} is missing, though it was committed"))
             continue
         try:
+            if reader.size_bytes != entry.size_bytes:
+                problems.append(_resized(entry, reader.size_bytes))
+                continue
             problems += _verify_file(reader, entry, by_file.get(index), progress)
-            num_bytes += reader.size_bytes
+            num_bytes += entry.size_bytes
             num_tensors += len(by_file.get(index, []))
+        except TruncatedError as error:
+            problems.append(Problem(entry.path, "size", str(error)))  # cut short since it was opened
         finally:
             reader.close()
+    problems += _strangers(store, committed, manifest)
     return Report(committed.name, num_bytes, len(manifest.files), num_tensors, tuple(problems))
+
+
+def verify_root(store: Store, progress: Callable[[int], None] = _no_progress) -> list[Report]:
+    """Verify every committed checkpoint of a root, in the order of their commits.
+
+    One that a run prunes or replaces meanwhile is left out; one of a newer format is reported as a problem.
+
+    Args:
+        store: the root.
+        progress: told of each chunk's bytes.
+
+    Raises:
+        NotFoundError: the root does not exist.
+        StorageError: a read failed.
+    """
+    reports: list[Report] = []
+    for item in committed_checkpoints(store):
+        try:
+            reports.append(verify(store, item, progress))
+        except NotFoundError:
+            continue
+        except UnsupportedFormatError as error:
+            reports.append(Report(item.name, 0, 0, 0, (Problem(MANIFEST_NAME, "format", str(error)),)))
+    return reports
+
+
+def _check_still_there(store: Store, committed: Committed) -> None:
+    """Raise `NotFoundError` where the checkpoint was pruned or replaced since it was listed."""
+    again = find_committed(store, committed.name)
+    ids = [item.manifest.checkpoint_id for item in (again, committed) if item is not None and item.manifest is not None]
+    if len(ids) < 2 or ids[0] != ids[1]:  # noqa: PLR2004 - then and now
+        text = f"{committed.name} in {store.location} was pruned or replaced while it was verified: look again"
+        raise NotFoundError(text)
+
+
+def _strangers(store: Store, committed: Committed, manifest: Manifest) -> list[Problem]:
+    """Find what was not committed and a loader would open, in the directories that hold what was."""
+    listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
+    problems: list[Problem] = []
+    for directory in sorted({path.rpartition("/")[0] for path in listed}):
+        try:
+            entries = store.entries(f"{committed.key}/{directory}" if directory else committed.key)
+        except NotFoundError:
+            _check_still_there(store, committed)
+            continue  # its files are reported as missing
+        for entry in entries:
+            path = f"{directory}/{entry.name}" if directory else entry.name
+            if not entry.is_directory and path not in listed and entry.name.endswith(LOADED_SUFFIXES):
+                text = f"{path} was not committed: another program put it there, and a loader may open it"
+                problems.append(Problem(path, "unexpected", text))
+    return problems
+
+
+def _resized(entry: FileEntry, size_bytes: int) -> Problem:
+    text = f"{entry.path} has {size_bytes} bytes, {entry.size_bytes} were committed"
+    return Problem(entry.path, "size", text)
 
 
 def _verify_file(
     reader: Reader, entry: FileEntry, tensors: list[TensorEntry] | None, progress: Callable[[int], None]
 ) -> list[Problem]:
-    if reader.size_bytes != entry.size_bytes:
-        text = f"{entry.path} has {reader.size_bytes} bytes, {entry.size_bytes} were committed"
-        return [Problem(entry.path, "size", text)]
     if tensors is None:
         crc = _crc_of(reader, 0, entry.size_bytes, progress)
         return [] if to_hex(crc) == entry.crc64nvme else [_damaged(entry.path, entry.crc64nvme, crc)]

@@ -1,7 +1,7 @@
 """What the command line offers: list a root, show a checkpoint, verify bytes; without torch.
 
-Exit codes are those of the error classes: 0 all is well, 2 usage, 10 not found, 12 never committed, 20 corrupt, and so on.
-`--json` prints one JSON object whose fields are stable.
+Exit codes are those of the error classes: 0 all is well, 2 usage, 10 not found, 12 never committed, 20 corrupt, and so
+on. `--json` prints one JSON object whose fields are stable: they are listed in docs/reference/cli.md.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardpoint.errors import CheckpointError, CorruptionError
+from shardpoint.errors import CheckpointError, CorruptionError, UnsupportedFormatError
+
+if TYPE_CHECKING:
+    from shardpoint.catalog import Report
 
 app = typer.Typer(
     name="shardpoint",
@@ -27,7 +30,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    # Escaped: a terminal's encoding may lack a character, and a path may not even be text.
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _visible(text: str) -> str:
+    """Return a text without anything that a terminal would obey: a stranger's checkpoint may hold any name."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    typer.echo(_visible(text).encode(errors="backslashreplace").decode(), err=err)
 
 
 def _size(num_bytes: int) -> str:
@@ -74,29 +87,39 @@ def list_command(
         _print_json({"root": str(root), "checkpoints": found})
         return
     if not found:
-        typer.echo(f"{root} has no committed checkpoint")
+        _echo(f"{root} has no committed checkpoint")
         return
+    intact = [item for item in found if "problem" not in item]
+    if intact:
+        _print_table(intact)
+    for item in found:
+        if "problem" in item:
+            _echo(f"{item['name']}: {item['problem']}")
+
+
+def _print_table(items: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence"):
-        table.add_column(heading, justify="left" if heading in ("checkpoint", "committed (UTC)") else "right")
-    for item in found:
-        if "problem" in item:
-            table.add_row(escape(item["name"]), f"[red]{escape(item['problem'])}[/]")
-            continue
+        left = heading in ("checkpoint", "committed (UTC)")
+        # A column that does not fit is broken over lines, never cut.
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for item in items:
         position = [str(item[key]) if item[key] is not None else "-" for key in ("epoch", "step", "sample_start_index")]
         table.add_row(
-            escape(item["name"]),
+            escape(_visible(item["name"])),
             *position,
             _size(item["num_bytes"]),
             str(item["world_size"]),
-            item["created_utc"],
+            escape(_visible(item["created_utc"])),
             str(item["sequence"]),
         )
-    Console().print(table)
+    # Without a terminal there is no width to fit into: one line for each checkpoint, for whatever reads it.
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    console.print(table)
 
 
 @app.command("show")
@@ -138,17 +161,15 @@ def show_command(
     width = max(len(name) for name in summary)
     for name, value in summary.items():
         shown = f"{_size(value)} ({value} bytes)" if name == "num_bytes" else value
-        typer.echo(f"{name.ljust(width)}  {shown}")
-    typer.echo("files")
+        _echo(f"{name.ljust(width)}  {shown}")
+    _echo("files")
     for entry in manifest.files:
-        typer.echo(f"  {entry.crc64nvme}  {_size(entry.size_bytes):>9}  {entry.path}")
+        _echo(f"  {entry.crc64nvme}  {_size(entry.size_bytes):>9}  {entry.path}")
     if tensors:
-        typer.echo("tensors")
+        _echo("tensors")
         for tensor in manifest.tensors:
             state = f" [{tensor.state}]" if tensor.state is not None else ""
-            typer.echo(
-                f"  {tensor.crc64nvme}  {tensor.dtype:>5} {list(tensor.shape)}  {tensor.part}: {tensor.fqn}{state}"
-            )
+            _echo(f"  {tensor.crc64nvme}  {tensor.dtype:>5} {list(tensor.shape)}  {tensor.part}: {tensor.fqn}{state}")
 
 
 @app.command("verify")
@@ -156,48 +177,45 @@ def verify_command(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a directory of them.")], as_json: AsJson = False
 ) -> None:
     """Read every byte of a checkpoint, or of all of a root, and compare it with what was committed."""
-    from shardpoint.catalog import is_root, list_root, open_path, verify
+    from shardpoint.catalog import is_root, open_path, verify, verify_root
     from shardpoint.storage import LocalStore
 
-    if is_root(path):
-        store, items = LocalStore(path), list_root(path)
-    else:
-        opened, item = open_path(path)
-        store, items = opened, [item]  # type: ignore[assignment]
-    reports = [verify(store, item) for item in items]
+    reports = verify_root(LocalStore(path)) if is_root(path) else [verify(*open_path(path))]
     damaged = [report for report in reports if not report.ok]
     if as_json:
-        _print_json(
+        checkpoints = [
             {
-                "ok": not damaged,
-                "checkpoints": [
-                    {
-                        "name": report.name,
-                        "ok": report.ok,
-                        "num_bytes": report.num_bytes,
-                        "num_files": report.num_files,
-                        "num_tensors": report.num_tensors,
-                        "problems": [
-                            {"key": problem.key, "kind": problem.kind, "message": problem.message}
-                            for problem in report.problems
-                        ],
-                    }
-                    for report in reports
+                "name": report.name,
+                "ok": report.ok,
+                "num_bytes": report.num_bytes,
+                "num_files": report.num_files,
+                "num_tensors": report.num_tensors,
+                "problems": [
+                    {"key": problem.key, "kind": problem.kind, "message": problem.message}
+                    for problem in report.problems
                 ],
             }
-        )
+            for report in reports
+        ]
+        _print_json({"ok": not damaged, "checkpoints": checkpoints})
     else:
         for report in reports:
-            verdict = "ok" if report.ok else "CORRUPT"
-            typer.echo(
-                f"{verdict:7}  {report.name}: {report.num_files} files, {report.num_tensors} tensors, {_size(report.num_bytes)}"
-            )
+            counts = f"{report.num_files} files, {report.num_tensors} tensors, {_size(report.num_bytes)}"
+            _echo(f"{_verdict(report):7}  {report.name}: {counts}")
             for problem in report.problems:
-                typer.echo(f"         {problem.message}")
+                _echo(f"         {problem.message}")
         if not reports:
-            typer.echo(f"{path} has no committed checkpoint")
-    if damaged:
+            _echo(f"{path} has no committed checkpoint")
+    if any(_verdict(report) == "CORRUPT" for report in damaged):
         raise typer.Exit(CorruptionError.exit_code)
+    if damaged:
+        raise typer.Exit(UnsupportedFormatError.exit_code)
+
+
+def _verdict(report: Report) -> str:
+    if report.ok:
+        return "ok"
+    return "UNKNOWN" if all(problem.kind == "format" for problem in report.problems) else "CORRUPT"
 
 
 def main() -> None:
@@ -208,5 +226,5 @@ def main() -> None:
         if "--json" in sys.argv:
             _print_json({"error": type(error).__name__, "message": str(error), **error.details()})
         else:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            _echo(f"{type(error).__name__}: {error}", err=True)
         raise SystemExit(error.exit_code) from error

@@ -15,11 +15,13 @@ import msgspec
 
 from shardpoint import __version__
 from shardpoint.adapters.collect import GROUPS_NAME, Collected, join
+from shardpoint.adapters.exchange import open_exchange
 from shardpoint.adapters.state import RunState
 from shardpoint.checksum import Partial, combine, crc64, pack_partials, to_hex, unpack_partials
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, RootOwner, acquire_root, publish, publish_file
 from shardpoint.engine.ballots import agree
+from shardpoint.engine.gathering import write_gathered
 from shardpoint.engine.results import SaveResult
 from shardpoint.engine.structure import (
     StructureBallot,
@@ -54,7 +56,7 @@ from shardpoint.planning import (
     owned_items,
     plan_files,
 )
-from shardpoint.storage import Store, SyncPoint
+from shardpoint.storage import Store, SyncPoint, kernel_id
 
 MAX_FILE_BYTES = 4 * 2**30
 
@@ -101,6 +103,7 @@ class _Opened(msgspec.Struct, frozen=True):
     attempt_id: str
     merged: bytes
     tables: list[tuple[list[int], bytes]]
+    gather: bool
 
 
 class _Written(msgspec.Struct, frozen=True):
@@ -205,7 +208,7 @@ def _rounds(
         collected = request.collect()
         table = digest_of(encode_table(collected.table))
         documents = digest_of(msgspec.msgpack.encode(_own_documents(request, collected), order="sorted"))
-        return StructureBallot(table, cache.key_for(table), documents, _agreed_facts(request, collected))
+        return StructureBallot(table, cache.key_for(table), documents, _agreed_facts(request, collected), kernel_id())
 
     structure = agree(
         comm, "save: structure", gather, StructureBallot, lambda ballots: _structure(ballots, cache), StructureVerdict
@@ -311,7 +314,9 @@ def _open(
         replace_file=request.as_file,
     )
     coordinator.merged, coordinator.layout = merged, layout
-    return _Opened(coordinator.attempt.key, coordinator.attempt.attempt_id, merged.digest, tables)
+    sharing = store.shared_files
+    gather = comm.world_size > 1 and (sharing == "never" or (sharing == "one_host" and not structure.one_host))
+    return _Opened(coordinator.attempt.key, coordinator.attempt.attempt_id, merged.digest, tables, gather)
 
 
 def _naming(own: Collected, merged: MergedTable) -> dict[str, PartNaming]:
@@ -342,8 +347,13 @@ def _write(
 ) -> _Written:
     merged = settle(cache, structure, own.table, opened.tables, opened.merged, comm.world_size)
     layout = plan_files(merged, _naming(own, merged), request.max_file_bytes)
-    items = owned_items(merged, comm.rank)
-    partials = write_items(store, opened.key, merged, layout, items, own.held, comm.progress)
+    if opened.gather:
+        partials = write_gathered(
+            store, opened.key, merged, layout, own.held, comm.rank, comm.world_size, open_exchange(), comm.progress
+        )
+    else:
+        items = owned_items(merged, comm.rank)
+        partials = write_items(store, opened.key, merged, layout, items, own.held, comm.progress)
     entries: list[FileEntry] = []
     for path, data in own.rank_documents.items():
         store.write_document(f"{opened.key}/{path}", data, SyncPoint.DOCUMENT)

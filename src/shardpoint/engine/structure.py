@@ -27,12 +27,14 @@ class StructureBallot(msgspec.Struct, frozen=True):
         known: the structure key under which this rank has that table cached; empty when it is new.
         documents: digest of its documents.
         facts: what must be equal on all ranks, as text (name, epoch, step).
+        host: the kernel that the rank runs on.
     """
 
     table: bytes
     known: bytes
     documents: bytes
     facts: str
+    host: str = ""
 
 
 class StructureVerdict(msgspec.Struct, frozen=True):
@@ -42,11 +44,13 @@ class StructureVerdict(msgspec.Struct, frozen=True):
         key: identifies the ranks' tables together.
         table_senders: lowest rank of each kind of table -> the ranks of that kind; empty when all have it cached.
         document_senders: lowest rank of each kind of documents.
+        one_host: whether all ranks run on one kernel.
     """
 
     key: bytes
     table_senders: list[tuple[int, list[int]]]
     document_senders: list[int]
+    one_host: bool
 
 
 @dataclass
@@ -90,7 +94,8 @@ def decide_structure(ballots: Sequence[StructureBallot], cache: StructureCache) 
         documents.setdefault(ballot.documents, rank)
     cached = cache.get(key) is not None and all(ballot.known == key for ballot in ballots)
     senders = [] if cached else [(ranks[0], ranks) for ranks in kinds.values()]
-    return StructureVerdict(key, senders, sorted(documents.values()))
+    one_host = len({ballot.host for ballot in ballots}) == 1
+    return StructureVerdict(key, senders, sorted(documents.values()), one_host)
 
 
 def merge_sent(sent: Sequence[tuple[list[int], bytes]], world_size: int) -> MergedTable:

@@ -21,7 +21,8 @@ from shardpoint.errors import (
     UsageError,
 )
 from shardpoint.storage import syscalls
-from shardpoint.storage.protocol import DirectoryEntry, SyncPoint
+from shardpoint.storage.mounts import hosts_share_files
+from shardpoint.storage.protocol import DirectoryEntry, SharedFiles, SyncPoint
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -159,12 +160,15 @@ class LocalStore:
 
     Args:
         root: the directory; it need not exist yet.
+        shared_files: whether several writers may write one file at once; None finds out: on NFS, SMB and FUSE only those of
+            one host may. False assigns each file to one rank, which costs time and gives the same bytes.
 
     Raises:
         UsageError: `root` is a file.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, shared_files: bool | None = None) -> None:
+        self._shared_files = shared_files
         self._root = os.path.abspath(os.fspath(root))
         if os.path.lexists(self._root) and not Path(self._root).is_dir():
             text = f"{self._root} is a file: give a directory to hold checkpoints"
@@ -174,6 +178,13 @@ class LocalStore:
     def location(self) -> str:
         """The root's absolute path."""
         return self._root
+
+    @property
+    def shared_files(self) -> SharedFiles:
+        """Whose writers may write one file at once."""
+        if self._shared_files is None:
+            return "any" if hosts_share_files(self._root) else "one_host"
+        return "any" if self._shared_files else "never"
 
     def local_path(self, key: str) -> str:
         """Return the path of a key."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+SharedFiles = Literal["any", "one_host", "never"]
 
 
 class SyncPoint(StrEnum):
@@ -92,6 +95,11 @@ class Store(Protocol):
     @property
     def location(self) -> str:
         """The root as a person would name it."""
+        ...
+
+    @property
+    def shared_files(self) -> SharedFiles:
+        """Whose writers may write disjoint bytes of one file at once: any, those of one host, or none."""
         ...
 
     def local_path(self, key: str) -> str:

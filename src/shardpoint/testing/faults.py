@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from shardpoint.errors import StorageError
-from shardpoint.storage import DirectoryEntry, Lock, Reader, Store, SyncPoint, Writer
+from shardpoint.storage import DirectoryEntry, Lock, Reader, SharedFiles, Store, SyncPoint, Writer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -83,6 +83,11 @@ class FaultyStore:
     def location(self) -> str:
         """The inner store's root."""
         return self._inner.location
+
+    @property
+    def shared_files(self) -> SharedFiles:
+        """As the inner store."""
+        return self._inner.shared_files
 
     def local_path(self, key: str) -> str:
         """As the inner store."""
