@@ -20,6 +20,7 @@ from shardpoint.engine import (
     Target,
     load,
     open_committed,
+    refused_request,
     run_state,
     save,
     stored_run,
@@ -66,7 +67,8 @@ class Checkpointer:
     Args:
         root: the directory of checkpoints; made if it is not there.
         save: when to save; empty means at every call.
-        keep: what to keep; empty means everything. The union of the policies is kept, and always the last one committed.
+        keep: what to keep; empty means everything. The union of the policies is kept, and always the last one
+            committed.
         store: where the bytes go, instead of the local directory `root`.
         listener: told of what happens; the default logs to the `shardpoint` logger.
 
@@ -100,7 +102,6 @@ class Checkpointer:
         store: Store | None = None,
         listener: Listener = log_event,
     ) -> None:
-        self._store: Store = store if store is not None else LocalStore(root)
         self._save_policies = tuple(save)
         self._keep_policies = tuple(keep)
         self._listener = listener
@@ -109,12 +110,19 @@ class Checkpointer:
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._closed = False
+        opened: list[Store] = [] if store is None else [store]
 
-        def own(_: Sequence[bool]) -> bool:
-            self._owner = acquire_root(self._store, listener=listener)
+        def open_store() -> bool:
+            if not opened:
+                opened.append(LocalStore(root))  # refuses a file
             return True
 
-        agree(self._comm, "own the root", lambda: True, bool, own, bool)
+        def own(_: Sequence[bool]) -> bool:
+            self._owner = acquire_root(opened[0], listener=listener)
+            return True
+
+        agree(self._comm, "own the root", open_store, bool, own, bool)
+        self._store: Store = opened[0]
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +145,8 @@ class Checkpointer:
         """Save everything as one checkpoint, if a policy says so; then prune what no policy keeps.
 
         Args:
-            state: the live objects, or a dict of them by role. They are read, not changed (FSDP2 modules are resharded).
+            state: the live objects, or a dict of them by role. They are read, not changed (FSDP2 modules are
+                resharded).
             epoch: the epoch that the run is in.
             step: steps done; the checkpoint is called `epoch-{epoch}_step-{step}`.
             batch_size: samples of a step, over all ranks: `sample_start_index` is `step * batch_size`.
@@ -151,8 +160,9 @@ class Checkpointer:
             UsageError: an argument is wrong, the ranks disagree, or something in the state cannot be saved.
             FencedError: another run took the root over.
             AlreadyExistsError: a directory that is not ours has the checkpoint's name.
-            StorageError: with one rank; with more ranks it is in a `PeerError`.
-            PeerError: a rank failed; nothing was committed, or (topic "prune") the pruning failed.
+            StorageError: with one rank; with more ranks it is in a `PeerError`. Or the new checkpoint is committed, and
+                pruning an old one failed.
+            PeerError: a rank failed; nothing was committed.
             CollectiveTimeout: ranks fell silent; nothing was committed.
             CommitUnknownError: this rank heard no verdict, or the root's fsync failed.
 
@@ -163,14 +173,19 @@ class Checkpointer:
             On return the checkpoint survives power loss. A checkpoint of the same name is replaced at once, or stands.
         """
         self._check_open()
-        run = run_state(epoch, step, batch_size)
-        roles = as_roles(state)
-        due = force or save_is_due(self._save_policies, step, self._previous_step)
-        self._previous_step = step
-        if not due:
-            return None
-        request = training_request(roles, self._comm, run, metrics=metrics)
-        outcome = save(self._store, self._comm, request, self._cache, listener=self._listener)
+        refusal: UsageError | None = None
+        try:
+            run = run_state(epoch, step, batch_size)
+            request = training_request(as_roles(state), self._comm, run, metrics=metrics)
+        except UsageError as error:
+            # Order: into the first round with it. Raised here, it would leave the other ranks waiting for this one.
+            refusal, request = error, refused_request(error)
+        if refusal is None or (type(step) is int and step >= 0):
+            due = force or save_is_due(self._save_policies, step, self._previous_step)
+            self._previous_step = step
+            if not due:
+                return None
+        outcome = save(self._store, self._comm, request, self._cache, owner=self._owner, listener=self._listener)
         if self._keep_policies:
             agree(self._comm, "prune", lambda: True, bool, lambda _: self._prune(), bool)
         return PendingSave(outcome)
@@ -178,8 +193,8 @@ class Checkpointer:
     def resume(self, state: TrainState | Mapping[str, TrainState]) -> RunState | None:
         """Restore everything from the newest committed checkpoint.
 
-        The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the one
-        committed before it is taken, and the listener is told. The random state is restored last.
+        The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the
+        one committed before it is taken, and the listener is told. The random state is restored last.
 
         Args:
             state: the live objects to fill, built as they were when saved; any number of ranks and any plugin.
@@ -188,7 +203,8 @@ class Checkpointer:
             Where the run was, or None when the root has no checkpoint.
 
         Raises:
-            MismatchError: checkpoint and state differ; nothing was changed.
+            MismatchError: checkpoint and state differ; nothing was changed. It lists everything.
+            UsageError: something in the state cannot be loaded into.
             CorruptionError: there are checkpoints, and none is intact.
             UnsupportedFormatError: the newest is of a newer format.
             PeerError: a rank failed otherwise.
@@ -197,22 +213,27 @@ class Checkpointer:
             All ranks.
         """
         self._check_open()
-        roles = as_roles(state)
         passed_over: list[CorruptionError] = []
         tried: set[str] = set()
         while True:
+            # Order: the state is looked at in a round, so that a wrong one on one rank is an error on all of them.
             candidates = agree(
-                self._comm, "resume: list", lambda: True, bool, lambda _: self._newest_first(), list[str]
+                self._comm,
+                "resume: list",
+                lambda: bool(as_roles(state)),
+                bool,
+                lambda _: self._newest_first(),
+                list[str],
             )
             name = next((candidate for candidate in candidates if candidate not in tried), None)
             if name is None:
                 break
             tried.add(name)
             try:
-                run = self._load(name, roles)
+                run = self._load(name, as_roles(state))
             except CorruptionError as error:
                 passed_over.append(error)
-                self._tell("fell_back", f"{name} is corrupt, trying the one committed before it: {error}", name)
+                self._tell("fell_back", f"{name} is corrupt, trying an earlier one: {error}", name)
                 continue
             except NotFoundError as error:
                 self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
@@ -245,11 +266,15 @@ class Checkpointer:
             self._listener(Event(kind, message, key, logging.WARNING))
 
     def _newest_first(self) -> list[str]:
-        """Return the training checkpoints, the last committed first; then those whose manifest is damaged."""
+        """Return the training checkpoints: those whose manifest cannot be read, then the others, last committed first.
+
+        One that cannot be read may be the newest, so it is tried first: it is passed over loudly, or (a newer format)
+        it ends the resume instead of silently going back to an older one.
+        """
         found = committed_checkpoints(self._store)
         intact = [item.name for item in found if item.manifest is not None and item.manifest.step is not None]
-        damaged = [item.name for item in found if item.manifest is None]
-        return [*reversed(intact), *damaged]
+        unreadable = [item.name for item in found if item.manifest is None]
+        return [*unreadable, *reversed(intact)]
 
     def _load(self, name: str, roles: Mapping[str, TrainState]) -> RunState:
         run: RunState | None = None
@@ -273,7 +298,8 @@ class Checkpointer:
 
     def _prune(self) -> bool:
         assert self._owner is not None  # noqa: S101 - runs on the coordinator, which owns the root until `close`
-        found = training_checkpoints(self._store)
+        # A copy under another name is somebody's own: no policy counts it, and nothing deletes it.
+        found = [info for info in training_checkpoints(self._store) if info.name == info.manifest.name]
         kept = names_to_keep(self._keep_policies, found)
         for info in found:
             if info.name not in kept:

@@ -1,12 +1,15 @@
 """What the checksum of a tensor is, computed from parts that any number of ranks hold in any order.
 
-CRC-64/NVME is linear over GF(2): with `shift(x, n)` for "n zero bytes follow" and `zeros(n)` for the CRC of n zero bytes,
+CRC-64/NVME is linear over GF(2): with `shift(x, n)` for "n zero bytes follow" and `zeros(n)` for the CRC of n zeros,
 
     crc(whole) = zeros(total) XOR (XOR over runs of shift(crc(run) XOR zeros(len(run)), bytes after the run))
 
-so each rank XORs up its own runs into a `Partial` of 8 bytes and the coordinator XORs those. XOR alone does not notice a run
-that nobody owned (it counts as zeros, which is what a preallocated file holds) or one that was counted twice (it cancels);
-therefore a partial also carries `sum(len)` and `sum(end^2 - start^2)`, which must come to `(n, n^2)`.
+so each rank XORs up its own runs into a `Partial` of 8 bytes and the coordinator XORs those. XOR alone does not notice
+a run that nobody owned (it counts as zeros, which is what a preallocated file holds) or one that was counted twice (it
+cancels); therefore a partial also carries the coverage sums `sum(len)` and `sum(end^2 - start^2)`, which must come to
+`(n, n^2)`. They notice every single run that is missing, doubled or shifted; faults that are symmetric about the middle
+(the first and last quarter missing, the inner two doubled) cancel in them, so a third sum, of `mix(end) - mix(start)`
+with a mixing function, must come to `mix(n) - mix(0)`: there, only a cover of each byte exactly once cancels.
 
 Source: CRC-64/NVME as in the NVMe base specification and S3's `ChecksumCRC64NVME`; awscrt's `combine_crc64nvme`.
 """
@@ -75,6 +78,13 @@ def to_hex(crc: int) -> str:
     return f"{crc:016x}"
 
 
+def _mix(position: int) -> int:
+    """Return 64 bits that look random: unequal sets of positions have unequal sums."""
+    value = ((position + 0x9E3779B97F4A7C15) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 31)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 29)
+
+
 @dataclass(slots=True)
 class Partial:
     """One rank's part of one tensor's checksum, with the evidence of which bytes it covers.
@@ -83,11 +93,13 @@ class Partial:
         crc: XOR of the shifted contributions of the runs.
         sum_bytes: sum of the runs' lengths.
         sum_squares: sum of `end^2 - start^2` over the runs.
+        sum_mixed: sum of `mix(end) - mix(start)` over the runs, modulo 2^64.
     """
 
     crc: int = 0
     sum_bytes: int = 0
     sum_squares: int = 0
+    sum_mixed: int = 0
 
     def add(self, run_crc: int, byte_offset: int, num_bytes: int, total_bytes: int) -> None:
         """Count one run.
@@ -102,35 +114,44 @@ class Partial:
         self.crc ^= shift(run_crc ^ zeros(num_bytes), total_bytes - end)
         self.sum_bytes += num_bytes
         self.sum_squares += end * end - byte_offset * byte_offset
+        self.sum_mixed = (self.sum_mixed + _mix(end) - _mix(byte_offset)) & _MASK_64
 
     def merge(self, other: Partial) -> None:
         """Count another rank's runs too."""
         self.crc ^= other.crc
         self.sum_bytes += other.sum_bytes
         self.sum_squares += other.sum_squares
+        self.sum_mixed = (self.sum_mixed + other.sum_mixed) & _MASK_64
 
     def covers(self, total_bytes: int) -> bool:
-        """Whether the runs counted so far cover each of `total_bytes` bytes exactly once."""
-        return (self.sum_bytes, self.sum_squares) == (total_bytes, total_bytes * total_bytes)
+        """Whether the runs counted so far cover each of `total_bytes` bytes exactly once.
+
+        The number of runs over byte x is the number of starts up to x less that of ends. If the mixed starts and ends
+        cancel but for 0 and the end, that number is 1 everywhere; other boundaries cancel by a chance of 2^-64 only.
+        """
+        mixed = (_mix(total_bytes) - _mix(0)) & _MASK_64
+        sums = (self.sum_bytes, self.sum_squares, self.sum_mixed)
+        return sums == (total_bytes, total_bytes * total_bytes, mixed)
 
     def whole_crc(self, total_bytes: int) -> int:
         """Return the whole tensor's CRC; only meaningful when the runs `covers` it."""
         return self.crc ^ zeros(total_bytes)
 
 
-_PACKED = struct.Struct("<IQQQQ")
+_PACKED = struct.Struct("<IQQQQQ")
 
 
 def pack_partials(partials: Iterable[tuple[int, Partial]]) -> bytes:
-    """Return (tensor index, partial) pairs as 36 bytes each, for a vote."""
+    """Return (tensor index, partial) pairs as 44 bytes each, for a vote."""
     return b"".join(
-        _PACKED.pack(index, p.crc, p.sum_bytes, p.sum_squares & _MASK_64, p.sum_squares >> 64) for index, p in partials
+        _PACKED.pack(index, p.crc, p.sum_bytes, p.sum_squares & _MASK_64, p.sum_squares >> 64, p.sum_mixed)
+        for index, p in partials
     )
 
 
 def unpack_partials(packed: bytes) -> list[tuple[int, Partial]]:
     """Return the pairs that `pack_partials` packed."""
     return [
-        (index, Partial(crc, sum_bytes, low | (high << 64)))
-        for index, crc, sum_bytes, low, high in _PACKED.iter_unpack(packed)
+        (index, Partial(crc, sum_bytes, low | (high << 64), mixed))
+        for index, crc, sum_bytes, low, high, mixed in _PACKED.iter_unpack(packed)
     ]

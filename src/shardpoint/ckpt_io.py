@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,12 +20,13 @@ from shardpoint.adapters.c10d import open_comm
 from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.booster import Booster
 from shardpoint.comm import Comm
-from shardpoint.commit import acquire_root, owned_root
+from shardpoint.commit import CONTROL_DIRECTORY, RootOwner, acquire_root
 from shardpoint.engine import (
     Source,
     StructureCache,
     Target,
     checkpoint_name,
+    is_foreign,
     load,
     load_foreign,
     open_committed,
@@ -44,21 +46,22 @@ from shardpoint.storage import LocalStore, Store, replace_document
 StrPath = str | os.PathLike[str]
 
 _cache = StructureCache()
-# The roots that this process saves to stay its own until it ends: two runs on one root would replace each other's steps.
-_held: set[str] = set()
+# The roots that this process saves to stay its own until it ends: two runs on one root would replace each other's
+# steps. By process, since a forked child owns nothing.
+_owned: dict[tuple[int, str], RootOwner] = {}
 
 
 @runtime_checkable
 class BoosterPersistence(Protocol):
     """What a Booster must offer to be saved through: ColossalAI's own, ours, or another with these methods."""
 
-    def save_model(self, model: Any, checkpoint: str, shard: bool = False) -> None:
+    def save_model(self, model: Any, checkpoint: str, shard: bool = False) -> None:  # noqa: FBT001, FBT002 - ColossalAI's
         """Save a model."""
 
     def load_model(self, model: Any, checkpoint: str) -> Any:
         """Load a model."""
 
-    def save_optimizer(self, optimizer: Any, checkpoint: str, shard: bool = False) -> None:
+    def save_optimizer(self, optimizer: Any, checkpoint: str, shard: bool = False) -> None:  # noqa: FBT001, FBT002 - as above
         """Save an optimizer."""
 
     def load_optimizer(self, optimizer: Any, checkpoint: str) -> Any:
@@ -148,6 +151,7 @@ def save_checkpoint(
     Raises:
         UsageError: an argument is wrong (a negative step, a `save_dir` that is a file), or the ranks disagree.
         RootBusyError: another living run owns `save_dir`.
+        FencedError: another run took `save_dir` over since this one's first save.
         AlreadyExistsError: a directory that is not a committed checkpoint has the name.
         StorageError: with one rank; with more ranks it is in a `PeerError`.
         PeerError: a rank failed; nothing was committed.
@@ -163,15 +167,29 @@ def save_checkpoint(
     Source:
         `coati.utils.ckpt_io.save_checkpoint`.
     """
-    run = run_state(epoch, step, batch_size)
     comm = open_comm()
-    _check_booster(booster)
-    _check_coordinator(coordinator, comm)
-    store = LocalStore(save_dir)
-    agree(comm, "own the root", lambda: True, bool, lambda _: _own(store), bool)
+    store: LocalStore | None = None
+
+    def check() -> bool:
+        # Order: in a round, so that a wrong argument of one rank is an error on all of them, and nobody waits for it.
+        nonlocal store
+        run_state(epoch, step, batch_size)
+        _check_booster(booster)
+        _check_coordinator(coordinator, comm)
+        store = LocalStore(save_dir)
+        return True
+
+    def own(_: Sequence[bool]) -> bool:
+        assert store is not None  # noqa: S101 - every rank has voted, so `check` ran here
+        _own(store)
+        return True
+
+    agree(comm, "own the root", check, bool, own, bool)
+    assert store is not None  # noqa: S101 - the round succeeded, so `check` did
+    run, owner = run_state(epoch, step, batch_size), _owned.get((os.getpid(), store.location))
     if isinstance(booster, Booster):
         state = TrainState(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        save(store, comm, training_request({"": state}, comm, run), _cache)
+        save(store, comm, training_request({"": state}, comm, run), _cache, owner=owner)
         return
 
     def write(directory: str) -> None:
@@ -182,7 +200,7 @@ def save_checkpoint(
             booster.save_lr_scheduler(lr_scheduler, f"{directory}/lr_scheduler")
 
     documents = {"running_states.json": running_states(run)}
-    save_foreign(store, comm, checkpoint_name(epoch, step), run, write, documents)
+    save_foreign(store, comm, checkpoint_name(epoch, step), run, write, documents, owner=owner)
 
 
 def load_checkpoint(
@@ -220,38 +238,50 @@ def load_checkpoint(
     """
     comm = open_comm()
     path = Path(os.path.abspath(load_dir))  # noqa: PTH100 - must not resolve symlinks
-    store = LocalStore(path.parent)
-    if path.exists():
-        LocalStore(path)  # refuses a file
-    if booster is not None:
-        _check_booster(booster)
-    elif model is not None or optimizer is not None or lr_scheduler is not None:
-        raise UsageError("load_checkpoint: give the booster that boosted what is to be loaded")
-    if booster is None or isinstance(booster, Booster):
-        run = _load_native(store, path.name, booster, model, optimizer, lr_scheduler, comm)
+    wanted = {"modeling": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+
+    def find() -> Source:
+        # Order: in a round, so that a wrong argument of one rank is an error on all of them, and nobody waits for it.
+        if booster is not None:
+            _check_booster(booster)
+        elif any(live is not None for live in wanted.values()):
+            raise UsageError("load_checkpoint: give the booster that boosted what is to be loaded")
+        if path.exists():
+            LocalStore(path)  # refuses a file
+        return open_committed(LocalStore(path.parent), path.name)
+
+    if all(live is None for live in wanted.values()):
+        run = _counters(find, comm)
+    elif booster is None or isinstance(booster, Booster):
+        run = _load_native(find, booster, model, optimizer, lr_scheduler, comm)
     else:
-        run = _load_foreign(store, path.name, booster, model, optimizer, lr_scheduler, comm)
+        run = _load_foreign(find, booster, wanted, comm)
     return run.epoch, run.step, run.sample_start_index
 
 
+def _counters(find: Callable[[], Source], comm: Comm) -> RunState:
+    """Read where a run was; every rank gets the coordinator's."""
+    return agree(comm, "load: counters", lambda: stored_run(find()), RunState, lambda ballots: ballots[0], RunState)
+
+
 def _load_native(
-    store: Store,
-    name: str,
+    find: Callable[[], Source],
     booster: Booster | None,
     model: nn.Module | None,
     optimizer: Optimizer | None,
     lr_scheduler: Any,
     comm: Comm,
 ) -> RunState:
-    named = model
-    if named is None and optimizer is not None and booster is not None:
-        named = booster.model_of(optimizer)
-    state = TrainState(model=named or nn.Module(), optimizer=optimizer, lr_scheduler=lr_scheduler)
     run: RunState | None = None
 
     def prepare(source: Source) -> Target:
         nonlocal run
         run = stored_run(source)
+        named = model
+        if named is None and optimizer is not None and booster is not None:
+            named = booster.model_of(optimizer)
+        live = nn.Module() if named is None else named
+        state = TrainState(model=live, optimizer=optimizer, lr_scheduler=lr_scheduler)
         return training_target(
             source,
             {"": state},
@@ -262,49 +292,44 @@ def _load_native(
             random_state=optimizer is not None,
         )
 
-    load(comm, lambda: open_committed(store, name), prepare, _cache)
+    load(comm, find, prepare, _cache)
     assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
     return run
 
 
 def _load_foreign(
-    store: Store,
-    name: str,
-    booster: BoosterPersistence,
-    model: nn.Module | None,
-    optimizer: Optimizer | None,
-    lr_scheduler: Any,
-    comm: Comm,
+    find: Callable[[], Source], booster: BoosterPersistence, wanted: Mapping[str, Any], comm: Comm
 ) -> RunState:
     source: Source | None = None
 
-    def resolve() -> tuple[int, int, int]:
+    def resolve() -> RunState:
         nonlocal source
-        source = open_committed(store, name)
-        if source.manifest.tensors:
+        source = find()
+        name = source.manifest.name
+        if not is_foreign(source):
             raise UnsupportedFormatError(f"{name} was saved by Shardpoint's own Booster: load it with that one")
-        wanted = {"modeling": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         for part, live in wanted.items():
             stored = any(entry.path.split("/")[0] == part for entry in source.manifest.files)
             if live is not None and not stored:
-                raise NotFoundError(f"{name} in {store.location} has no {part}: it was saved without")
-        run = stored_run(source)
-        return run.epoch, run.step, run.sample_start_index
+                raise NotFoundError(f"{name} in {source.store.location} has no {part}: it was saved without")
+        return stored_run(source)
 
-    agree(comm, "load: resolve", resolve, tuple[int, int, int], lambda ballots: ballots[0], tuple[int, int, int])
+    run = agree(comm, "load: resolve", resolve, RunState, lambda ballots: ballots[0], RunState)
     assert source is not None  # noqa: S101 - the round succeeded, so `resolve` did
     found: Source = source
+    readers = {
+        "modeling": booster.load_model,
+        "optimizer": booster.load_optimizer,
+        "lr_scheduler": booster.load_lr_scheduler,
+    }
 
     def read(directory: str) -> None:
-        if model is not None:
-            booster.load_model(model, f"{directory}/modeling")
-        if optimizer is not None:
-            booster.load_optimizer(optimizer, f"{directory}/optimizer")
-        if lr_scheduler is not None:
-            booster.load_lr_scheduler(lr_scheduler, f"{directory}/lr_scheduler")
+        for part, live in wanted.items():
+            if live is not None:
+                readers[part](live, f"{directory}/{part}")
 
     load_foreign(comm, found, read)
-    return stored_run(found)
+    return run
 
 
 def _check_booster(booster: object) -> None:
@@ -322,8 +347,9 @@ def _check_coordinator(coordinator: object, comm: Comm) -> None:
         raise UsageError(f"rank {comm.rank}: the coordinator's master must be rank 0 of the default process group")
 
 
-def _own(store: Store) -> bool:
-    if store.location not in _held or owned_root(store) is None:
-        acquire_root(store)
-        _held.add(store.location)
-    return True
+def _own(store: Store) -> None:
+    held = (os.getpid(), store.location)
+    if held in _owned and store.exists(CONTROL_DIRECTORY):  # else the whole root was deleted: it is a new one
+        _owned[held].check_alive(store)
+    else:
+        _owned[held] = acquire_root(store)

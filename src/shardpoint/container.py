@@ -1,8 +1,8 @@
 """What the bytes of one safetensors file are: a header that is known before any data, and a reader that refuses holes.
 
-The header is padded with spaces so that the data area starts on a 4096-byte boundary. Tensors are ordered by the largest
-power of two (up to 4096) that divides their size, greatest first: then every tensor starts at a multiple of its own
-element size, and large ones at a multiple of 4096, without a filler byte.
+The header is padded with spaces so that the data area starts on a 4096-byte boundary. Tensors are ordered by the
+largest power of two (up to 4096) that divides their size, greatest first: then every tensor starts at a multiple of its
+own element size, and one whose size is a multiple of 4096 starts at one, without a filler byte.
 
 Source: safetensors format 0.8; docs/spec/FORMAT.md, "Tensor files".
 """
@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardpoint.dtypes import ITEMSIZE_BYTES, tensor_bytes
-from shardpoint.errors import ManifestError, TruncatedError
+from shardpoint.dtypes import ITEMSIZE_BYTES, MAX_SIZE, sized_bytes, tensor_bytes
+from shardpoint.errors import ManifestError, TruncatedError, UsageError
 from shardpoint.manifest.codec import parse_strict_json
 
 DATA_ALIGNMENT_BYTES = 4096
@@ -81,17 +81,34 @@ def layout_file(
 
     Returns:
         The layout; tensors of one alignment keep the given order.
+
+    Raises:
+        UsageError: two tensors have one name, one is called `__metadata__` or not in UTF-8, or the header would be over
+            100 MB.
     """
     sized = [(name, dtype, shape, tensor_bytes(dtype, shape)) for name, dtype, shape in tensors]
     sized.sort(key=lambda item: -alignment_bytes(item[3]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, dtype, shape, num_bytes in sized:
+        if name in entries:
+            message = f"a tensor file cannot have {name!r} twice, nor a tensor called '__metadata__': rename it"
+            raise UsageError(message)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + num_bytes]}
         position += num_bytes
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        message = f"a tensor's name cannot be written as UTF-8: {error}"
+        raise UsageError(message) from error
     padded_bytes = -(-(_LENGTH_BYTES + len(text)) // DATA_ALIGNMENT_BYTES) * DATA_ALIGNMENT_BYTES
     text = text.ljust(padded_bytes - _LENGTH_BYTES)
+    if len(text) > MAX_HEADER_BYTES:
+        message = (
+            f"a header of {len(text)} bytes for {len(sized)} tensors is over the format's limit of {MAX_HEADER_BYTES}: "
+            "give a smaller greatest file size"
+        )
+        raise UsageError(message)
     header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     stored = tuple(
         StoredTensor(name, dtype, shape, padded_bytes + entries[name]["data_offsets"][0], num_bytes)
@@ -157,7 +174,8 @@ def parse_header(header: bytes, file_bytes: int, key: str) -> FileLayout:
     position = len(header)
     for tensor in tensors:
         if tensor.byte_offset != position:
-            message = f"{key}: tensor {tensor.name} starts at byte {tensor.byte_offset}, expected {position}: a hole or overlap"
+            place = f"{key}: tensor {tensor.name} starts at byte {tensor.byte_offset}"
+            message = f"{place}, expected {position}: a hole or overlap"
             raise ManifestError(message, key=key)
         position += tensor.num_bytes
     if position != file_bytes:
@@ -167,20 +185,23 @@ def parse_header(header: bytes, file_bytes: int, key: str) -> FileLayout:
 
 
 def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_SIZE for item in value)
 
 
 def _parse_tensor(name: str, fields: Any, data_start: int, key: str) -> StoredTensor:
     if not isinstance(fields, dict) or set(fields) != _FIELDS:
-        message = f"{key}: tensor {name} has the fields {sorted(fields)}, expected {sorted(_FIELDS)}"
+        found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        message = f"{key}: tensor {name} has the fields {found}, expected {sorted(_FIELDS)}"
         raise ManifestError(message, key=key)
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in ITEMSIZE_BYTES or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:  # noqa: PLR2004 - begin, end
+    known = isinstance(dtype, str) and dtype in ITEMSIZE_BYTES
+    if not known or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:  # noqa: PLR2004 - begin, end
         message = f"{key}: tensor {name} has a dtype, shape or offsets that the format does not have: {fields}"
         raise ManifestError(message, key=key)
-    num_bytes = tensor_bytes(dtype, tuple(shape))
-    if offsets[1] - offsets[0] != num_bytes:
-        message = f"{key}: tensor {name} of {dtype} {shape} needs {num_bytes} bytes, its offsets give {offsets}"
+    num_bytes = sized_bytes(dtype, tuple(shape))
+    if num_bytes is None or offsets[1] - offsets[0] != num_bytes:
+        needed = "more bytes than any file has" if num_bytes is None else f"{num_bytes} bytes"
+        message = f"{key}: tensor {name} of {dtype} {shape} needs {needed}, its offsets give {offsets}"
         raise ManifestError(message, key=key)
     if (data_start + offsets[0]) % ITEMSIZE_BYTES[dtype]:
         message = f"{key}: tensor {name} starts at byte {data_start + offsets[0]}, no multiple of its element size"

@@ -1,7 +1,7 @@
 """What the element types are called on disk and how many bytes each takes.
 
-Names are safetensors' (`"F32"`, `"BF16"`, `"F8_E4M3"`, ...). Two *logical* dtypes have no safetensors name and are stored
-as pairs of reals with a last dim of 2: `"C128"` as F64 and `"C32"` as F16; the manifest keeps the logical name.
+Names are safetensors' (`"F32"`, `"BF16"`, `"F8_E4M3"`, ...). Two *logical* dtypes have no safetensors name and are
+stored as pairs of reals with a last dim of 2: `"C128"` as F64 and `"C32"` as F16; the manifest keeps the logical name.
 
 Source: safetensors 0.8 `Dtype`; DESIGN section 3.
 """
@@ -9,6 +9,9 @@ Source: safetensors 0.8 `Dtype`; DESIGN section 3.
 from __future__ import annotations
 
 from shardpoint.errors import UnsupportedFormatError
+
+MAX_SIZE = 2**63 - 1
+"""The greatest length, offset or size in bytes: what a signed 64-bit integer holds."""
 
 ITEMSIZE_BYTES: dict[str, int] = {
     "BOOL": 1,
@@ -78,4 +81,22 @@ def tensor_bytes(stored_dtype: str, stored_shape: tuple[int, ...]) -> int:
     total = itemsize_bytes(stored_dtype)
     for length in stored_shape:
         total *= length
+    return total
+
+
+def sized_bytes(stored_dtype: str, stored_shape: tuple[int, ...]) -> int | None:
+    """Return the bytes of a whole tensor that somebody else describes, or None when no tensor is that large.
+
+    Multiplies no further than 64 bits, whatever the shape claims; as safetensors does, a zero behind an overflow is too
+    late.
+
+    Examples:
+        >>> sized_bytes("F32", (3, 4)), sized_bytes("F32", (2**62, 2**62)), sized_bytes("F32", (0, 2**62))
+        (48, None, 0)
+    """
+    total = itemsize_bytes(stored_dtype)
+    for length in stored_shape:
+        total *= length
+        if total > MAX_SIZE or length > MAX_SIZE:
+            return None
     return total

@@ -103,7 +103,8 @@ class CorruptionError(CheckpointError):
     """A committed checkpoint's bytes are not what was committed.
 
     Attributes:
-        key: the file, relative to the checkpoint, and where known the tensor: `"modeling/x.safetensors#model.norm.weight"`.
+        key: the file, relative to the checkpoint, and where known the tensor:
+            `"modeling/x.safetensors#model.norm.weight"`.
         expected: what the manifest says (a size, a CRC as 16 hex digits, a text).
         actual: what was found.
         target_modified: True when the error was found after bytes of the load's target had changed.

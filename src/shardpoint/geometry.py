@@ -1,8 +1,9 @@
 """Which elements a shard is, and where their bytes lie: regions of a tensor, and runs of a file.
 
-A `Region` is a product of one list of spans per dim, which covers every way in which DTensor cuts a tensor (a box is the
-case of one span per dim). `runs` turns it into contiguous byte ranges of the row-major whole tensor, each with its place
-in the shard's own row-major memory. Runs are held as numpy arrays: a Shard(1) of a large embedding is 100,000 of them.
+A `Region` is a product of one list of spans per dim, which covers every way in which DTensor cuts a tensor (a box is
+the case of one span per dim). `runs` turns it into contiguous byte ranges of the row-major whole tensor, each with its
+place in the shard's own row-major memory. Runs are held as numpy arrays: a Shard(1) of a large embedding is 100,000 of
+them.
 """
 
 from __future__ import annotations

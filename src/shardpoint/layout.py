@@ -93,9 +93,9 @@ def owned_region(
     """Return the part of a tensor that the rank at a mesh coordinate holds.
 
     Along each tensor dim the axes that cut it are applied one after another. Plain shards cut from left to right. A
-    strided shard whose split factor equals the product of the sizes of the cutting axes of the same dim to its right was
-    cut last (FSDP over tensor parallel), so it is applied after them, from right to left. Any other strided shard is
-    literal (packed weights): each of `split_factor` pieces is chunked, and a rank holds its chunk of every piece.
+    strided shard whose split factor equals the product of the sizes of the cutting axes of the same dim to its right
+    was cut last (FSDP over tensor parallel), so it is applied after them, from right to left. Any other strided shard
+    is literal (packed weights): each of `split_factor` pieces is chunked, and a rank holds its chunk of every piece.
 
     Args:
         shape: the global shape.
@@ -132,7 +132,7 @@ def owned_region(
 
 @lru_cache(maxsize=4096)
 def replica_ranks(mesh: Mesh, placements: tuple[Placement, ...], coordinate: tuple[int, ...]) -> tuple[int, ...]:
-    """Return, ascending, the ranks that hold the same part as the rank at `coordinate`: they differ on replicate axes only."""
+    """Return, ascending, the ranks that hold what the one at `coordinate` holds: they differ on replicate axes only."""
     choices = [
         (index,) if placement.cuts else range(size)
         for size, index, placement in zip(mesh.shape, coordinate, placements, strict=True)

@@ -305,14 +305,14 @@ def test_a_strangers_names_do_not_reach_the_terminal_raw(root: Path, run: Run) -
 def test_a_path_that_is_no_text_is_printed_all_the_same(root: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/\xff\xfe"
     os.rename(root, odd)  # noqa: PTH104 - pathlib takes no bytes
+    command: list[str | bytes] = [sys.executable, "-c", "from shardpoint.cli import main; main()", "ls", odd]
     for extra in ([], ["--json"]):
-        command = [sys.executable, "-c", "from shardpoint.cli import main; main()", "ls", odd, *extra]
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-        done = subprocess.run(command, capture_output=True, check=False, env=environment)
+        done = subprocess.run([*command, *extra], capture_output=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr.decode()
         assert NAMES[0].encode() in done.stdout
-    command[-2] = odd + b"x"
-    assert subprocess.run(command[:-1], capture_output=True, check=False, env=environment).returncode == 10
+    command[-1] = odd + b"x"
+    assert subprocess.run(command, capture_output=True, check=False, env=environment).returncode == 10
 
 
 def test_the_console_script(root: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from awscrt import checksums
 from safetensors.numpy import load_file
@@ -28,7 +29,7 @@ from shardpoint.manifest import FileEntry, Manifest, TensorEntry
 from shardpoint.storage import LocalStore, Reader, SyncPoint
 from shardpoint.testing import Fault, FaultyStore
 
-ARRAYS = {
+ARRAYS: dict[str, npt.NDArray[np.generic]] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.arange(3, dtype=np.int64),
     "empty": np.zeros((0, 4), dtype=np.float32),
@@ -233,6 +234,10 @@ def test_every_byte_of_a_tensor_file_is_covered(store: LocalStore, owner: RootOw
             assert all(key.startswith(FILE) for _, key in kinds(report))
         path.write_bytes(intact)
     assert report_of(store, name).ok
+    # Another padding byte that JSON allows: only the whole file's checksum shows it.
+    assert intact[4095:4096] == b" "
+    path.write_bytes(intact[:4095] + b"\n" + intact[4096:])
+    assert kinds(report_of(store, name)) == [("checksum", FILE)]
 
 
 def test_a_document_is_covered(store: LocalStore, owner: RootOwner) -> None:

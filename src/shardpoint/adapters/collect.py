@@ -17,7 +17,7 @@ from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
 from shardpoint.adapters.tensors import LocalBytes, describe, live_values, plain_values
-from shardpoint.errors import UsageError
+from shardpoint.errors import ManifestError, UsageError
 from shardpoint.geometry import Region
 from shardpoint.layout import Mesh
 from shardpoint.manifest import Manifest, decode_document, encode_document
@@ -68,6 +68,8 @@ class Collected:
         coordinator_documents: path -> contents, made on the coordinator only.
         optimizers: for a load, what is to be installed.
         problems: for a load, what does not fit on this rank.
+        missing: for a load, what this rank has beside its tensors and the checkpoint lacks.
+        unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
     """
 
     rank: int
@@ -79,7 +81,10 @@ class Collected:
     coordinator_documents: dict[str, bytes] = field(default_factory=dict)
     optimizers: list[OptimizerTarget] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
     _facts: list[TensorFact] = field(default_factory=list)
+    _names: set[tuple[str, str]] = field(default_factory=set)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
     _members: list[tuple[str, str]] = field(default_factory=list)
 
@@ -92,11 +97,13 @@ class Collected:
         place = f"{part}: {fqn}" + (f" [{state}]" if state is not None else "")
         layout = describe(tensor, mesh, place, self.rank)
         index = None if layout.mesh is None else self._meshes.setdefault(layout.mesh, len(self._meshes))
-        if (part, key) in self.held:
+        if (part, key) in self._names:
             text = f"{place}: another tensor of this rank is called {key!r} in {part} too"
             raise UsageError(text)
         self._facts.append(TensorFact(part, fqn, state, key, layout.dtype, layout.shape, index, layout.placements))
-        self.held[part, key] = Held(tensor, layout.region)
+        self._names.add((part, key))
+        if layout.region is not None:
+            self.held[part, key] = Held(tensor, layout.region)
 
     def add_model(self, named: NamedModule, part: str, adapters: str, stem: str = "model") -> None:
         """Add a model's parameters and persistent buffers.
@@ -163,7 +170,8 @@ class Collected:
                 mesh = None if fact.mesh is None else list(self._meshes)[fact.mesh]
                 index = None if mesh is None else chosen._meshes.setdefault(mesh, len(chosen._meshes))
                 chosen._facts.append(replace(fact, part=renamed, mesh=index))
-                chosen.held[renamed, fact.key] = self.held[part, fact.key]
+                if (part, fact.key) in self.held:
+                    chosen.held[renamed, fact.key] = self.held[part, fact.key]
         return chosen
 
     def _add_states(self, part: str, tensors: Collection[StateTensor]) -> None:
@@ -218,8 +226,43 @@ def load_scheduler_document(lr_scheduler: Any, data: bytes, path: str) -> None:
     lr_scheduler.load_state_dict(live_values(decode_document(data, path)))
 
 
-def load_extra_state(named: NamedModule, data: bytes, path: str) -> None:
-    """Put back what modules keep outside their tensors."""
-    values = live_values(decode_document(data, path))
-    for name, module in named.extra_states.items():
-        module.set_extra_state(values[name])
+@dataclass(frozen=True, slots=True)
+class ExtraStates:
+    """What modules keep outside their tensors, as a checkpoint has it.
+
+    Attributes:
+        missing: modules of the target that the checkpoint has none for.
+        unexpected: modules that the checkpoint has some for and that are not in the target.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    _named: NamedModule
+    _values: dict[str, Any]
+
+    def install(self) -> None:
+        """Put it back, where both have it."""
+        for name, module in self._named.extra_states.items():
+            if name in self._values:
+                module.set_extra_state(self._values[name])
+
+
+def match_extra_states(named: NamedModule, data: bytes | None, part: str) -> ExtraStates:
+    """Compare a model's `get_extra_state` modules with a checkpoint's.
+
+    Args:
+        named: the model; not changed.
+        data: the part's document, or None where it has none.
+        part: the part of the checkpoint.
+
+    Raises:
+        ManifestError: the document is not one.
+    """
+    values = live_values(decode_document(data, join(part, EXTRA_STATE_NAME))) if data is not None else {}
+    if not isinstance(values, dict):
+        raise ManifestError(
+            f"{join(part, EXTRA_STATE_NAME)} is not a table of modules", key=join(part, EXTRA_STATE_NAME)
+        )
+    missing = [f"{part}: extra state of {name}" for name in named.extra_states if name not in values]
+    unexpected = [f"{part}: extra state of {name}" for name in values if name not in named.extra_states]
+    return ExtraStates(missing, unexpected, named, values)

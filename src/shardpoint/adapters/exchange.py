@@ -1,7 +1,7 @@
 """How bytes go from rank to rank: over a gloo group of Shardpoint's own, never one that the trainer uses.
 
-Two threads on one gloo group gave silently wrong sums in 206 of 400 rounds, so the group is new, and it is made by all ranks on
-the thread that saves.
+Two threads on one gloo group gave silently wrong sums in 206 of 400 rounds, so the group is new, and it is made by all
+ranks on the thread that saves.
 """
 
 from __future__ import annotations

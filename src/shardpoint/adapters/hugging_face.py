@@ -1,8 +1,8 @@
 """What makes a directory of weights a plain Hugging Face model directory: config, generation config, tokenizer files.
 
-transformers is not imported: whatever has a `config` with `to_json_string` counts as its model. The config is a corrected
-copy: `architectures` names the class without the prefix that FSDP2 gives it, `dtype` is that of the weights, and a GGUF
-file's `quantization_config` is dropped, since the weights are no longer quantized.
+transformers is not imported: whatever has a `config` with `to_json_string` counts as its model. The config is a
+corrected copy: `architectures` names the class without the prefix that FSDP2 gives it, `dtype` is that of the weights,
+and a GGUF file's `quantization_config` is dropped, since the weights are no longer quantized.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def model_documents(model: nn.Module, tensors: list[NamedTensor], tokenizer: Any
         UsageError: the tokenizer has no `save_pretrained`.
     """
     documents: dict[str, bytes] = {}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         documents["config.json"] = _config(model, config, tensors)
-        generation = getattr(model, "generation_config", None)
+        generation: Any = getattr(model, "generation_config", None)
         if hasattr(generation, "to_json_string"):
             documents["generation_config.json"] = generation.to_json_string().encode()
     if tokenizer is not None:

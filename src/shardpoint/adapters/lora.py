@@ -1,8 +1,9 @@
 """Which tensors of a peft model are the base model's and which are an adapter's, and what each is called on disk.
 
-Base weights keep their base names (`base_model.model.X.base_layer.weight` -> `X.weight`), so that `modeling/` stays a plain
-model directory; adapters go to `adapter/<name>/` under the names that `PeftModel.from_pretrained` reads. Raw peft names in
-a plain directory make transformers re-initialise every weight, and an `adapter_config.json` inside it changes what it loads.
+Base weights keep their base names (`base_model.model.X.base_layer.weight` -> `X.weight`), so that `modeling/` stays a
+plain model directory; adapters go to `adapter/<name>/` under the names that `PeftModel.from_pretrained` reads. Raw peft
+names in a plain directory make transformers re-initialise every weight, and an `adapter_config.json` inside it changes
+what it loads.
 
 peft is not imported: its classes are looked up among the modules that are already loaded.
 """
@@ -67,7 +68,8 @@ def places(named: NamedModule) -> dict[str, Place]:
     """Return where each tensor of a model is stored, by its name in memory.
 
     Raises:
-        UsageError: a peft method whose parameters are outside the base model (prompt tuning), which has no plain layout.
+        UsageError: a peft method whose parameters are outside the base model (prompt tuning), which has no plain
+            layout.
     """
     if peft_root(named.root) is None:
         return {tensor.fqn: Place(None, tensor.fqn) for tensor in named.tensors}
@@ -96,7 +98,7 @@ def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
 
 def _place(fqn: str, layers: dict[str, frozenset[str]]) -> Place:
     if not fqn.startswith(_PREFIX):
-        text = f"{fqn} is a peft parameter outside the base model: only adapters within its layers (LoRA and kin) can be saved"
+        text = f"{fqn} is a peft parameter outside the base model: only adapters in its layers (LoRA and kin) can be saved"
         raise UsageError(text)
     key = fqn
     adapter: str | None = None

@@ -6,7 +6,7 @@ Wrappers are removed by walking modules and testing wrapper classes, never as te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from shardpoint.errors import UsageError
@@ -76,7 +76,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Mesh | None]:
     """
     mesh: Mesh | None = None
     while True:
-        if isinstance(module, FSDP1):
+        if isinstance(module, FullyShardedDataParallel):
             text = "FullyShardedDataParallel (FSDP1) hides its parameters' names and layout: use fully_shard (FSDP2)"
             raise UsageError(text)
         if isinstance(module, DistributedDataParallel):
@@ -94,8 +94,8 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Mesh | None]:
 def reshard(module: nn.Module) -> None:
     """Bring every FSDP2 module back to its sharded parameters.
 
-    After a forward without a backward the root is unsharded: its parameters are other objects, and bytes loaded into the
-    shards would be ignored by the next forward.
+    After a forward without a backward the root is unsharded: its parameters are other objects, and bytes loaded into
+    the shards would be ignored by the next forward.
     """
     for child in module.modules():
         if isinstance(child, FSDPModule):
@@ -112,7 +112,19 @@ def name_tensors(module: nn.Module) -> NamedModule:
     root, _ = unwrapped(module)
     named = NamedModule(root)
     _walk(module, "", None, named, set())
+    apart = _unsynchronised(module)
+    named.tensors = [replace(tensor, mesh=None) if id(tensor.tensor) in apart else tensor for tensor in named.tensors]
     return named
+
+
+def _unsynchronised(module: nn.Module) -> set[int]:
+    """Return the ids of the parameters that a DDP was told to ignore: nothing keeps those alike."""
+    found: set[int] = set()
+    for child in module.modules():
+        if isinstance(child, DistributedDataParallel) and child.parameters_to_ignore:
+            named = child.module.named_parameters(remove_duplicate=False)
+            found |= {id(parameter) for name, parameter in named if name in child.parameters_to_ignore}
+    return found
 
 
 def _walk(module: nn.Module, prefix: str, mesh: Mesh | None, named: NamedModule, visited: set[int]) -> None:
@@ -146,6 +158,6 @@ def class_name(module: nn.Module) -> str:
     Only the class that `fully_shard` made (the one that adds `FSDPModule` to another class) is renamed back.
     """
     kind: type[Any] = type(module)
-    if isinstance(module, FSDPModule) and kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2:  # noqa: PLR2004 - FSDPX, FSDPModule, X
-        return kind.__mro__[2].__name__
+    if isinstance(module, FSDPModule) and kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2:  # noqa: PLR2004 - see below
+        return kind.__mro__[2].__name__  # FSDPX, FSDPModule, X
     return kind.__name__

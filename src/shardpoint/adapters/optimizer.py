@@ -1,15 +1,15 @@
 """How an optimizer's state is read and put back, by parameter name, without stepping it and without casting it.
 
 State is read from `optimizer.state` by parameter identity. It is put back by assignment, since `load_state_dict` casts
-every tensor to the parameter's dtype (fp32 masters to bf16). Tensors of one and more dims are stored as tensors; numbers
-and 0-dim tensors (`step`) go into `param_groups.json`, exactly.
+every tensor to the parameter's dtype (fp32 masters to bf16). Tensors of one and more dims are stored as tensors;
+numbers and 0-dim tensors (`step`) go into `param_groups.json`, exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -145,16 +145,17 @@ def _scalar(value: Any, label: str) -> Any:
 def _spread_like(value: torch.Tensor, parameter: torch.Tensor, label: str) -> torch.Tensor:
     """Return a parameter's state as a DTensor where the parameter is one.
 
-    An optimizer of the user's own may keep plain tensors of the *local* shape; stored as they are, all ranks but one would
-    be lost.
+    An optimizer of the user's own may keep plain tensors of the *local* shape; stored as they are, all ranks but one
+    would be lost.
     """
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     local_shape = tuple(local_tensor(parameter).shape)
     if tuple(value.shape) != local_shape:
         text = (
-            f"{label} is a plain tensor of shape {list(value.shape)} beside a parameter of shape {list(parameter.shape)}, "
-            f"of which this rank holds {list(local_shape)}: make the state a DTensor with the parameter's placements"
+            f"{label} is a plain tensor of shape {list(value.shape)} beside a parameter of shape "
+            f"{list(parameter.shape)}, of which this rank holds {list(local_shape)}: make the state a DTensor with the "
+            "parameter's placements"
         )
         raise UsageError(text)
     return DTensor.from_local(
@@ -176,6 +177,7 @@ class OptimizerTarget:
             those are filled in place.
         tensors: one for each stored tensor of a parameter that this rank has.
         problems: what does not fit, one line each.
+        group_of: for each live group, the stored one that its parameters are in.
     """
 
     optimizer: Optimizer
@@ -184,17 +186,21 @@ class OptimizerTarget:
     groups: list[list[tuple[str, torch.Tensor]]]
     tensors: list[StateTensor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    _group_of: list[int] = field(default_factory=list)
+    group_of: list[int] = field(default_factory=list)
 
     def install(self) -> None:
         """Assign the filled states and the options; states that were not stored are removed."""
         scalars: Mapping[str, Mapping[str, Any]] = self.document["states"]
         filled: dict[str, dict[str, Any]] = {}
+        parameters = {name: parameter for members in self.groups for name, parameter in members}
         for tensor in self.tensors:
-            filled.setdefault(tensor.fqn, {})[tensor.state] = tensor.tensor
+            live = self.optimizer.state.get(parameters[tensor.fqn], {}).get(tensor.state)
+            # An optimizer that keeps plain tensors beside sharded parameters goes on with its own, filled in place.
+            own = isinstance(live, torch.Tensor) and _same_memory(live, tensor.tensor)
+            filled.setdefault(tensor.fqn, {})[tensor.state] = live if own else tensor.tensor
         for number, members in enumerate(self.groups):
             group = self.optimizer.param_groups[number]
-            stored = self.document["groups"][self._group_of[number]]["options"]
+            stored = self.document["groups"][self.group_of[number]]["options"]
             for key, value in stored.items():
                 group[key] = _like(group.get(key), value)
             on_device = bool(group.get("capturable") or group.get("fused"))
@@ -207,6 +213,11 @@ class OptimizerTarget:
                     self.optimizer.state[parameter] = state
                 else:
                     self.optimizer.state.pop(parameter, None)
+
+
+def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    one, other = local_tensor(first), local_tensor(second)
+    return one.numel() > 0 and one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _scalar_state(value: Any, parameter: torch.Tensor, *, on_device: bool) -> Any:
@@ -246,6 +257,12 @@ def target_optimizer(
         stored: the part's tensors.
     """
     target = OptimizerTarget(optimizer, part, document, named_groups(optimizer, named, part))
+    stored_class = str(document.get("class", "")).rpartition(".")[2]
+    if stored_class != type(optimizer).__name__:
+        text = (
+            f"{part}: the state of {stored_class or 'an unnamed optimizer'}, the target is {type(optimizer).__name__}"
+        )
+        target.problems.append(text)
     _match_groups(target)
     meshes = {named_tensor.fqn: named_tensor.mesh for named_tensor in named.tensors}
     parameters = {name: parameter for members in target.groups for name, parameter in members}
@@ -275,11 +292,23 @@ def _destination(optimizer: Optimizer, parameter: torch.Tensor, entry: TensorEnt
     if fits:
         assert isinstance(live, torch.Tensor)  # noqa: S101 - for the type checker
         return live
+    if _is_plain_shard(live, parameter) and dtype_name(live.dtype, entry.fqn) == entry.dtype:
+        return _spread_like(live, parameter, entry.fqn) if tuple(parameter.shape) == entry.shape else None
     if tuple(parameter.shape) == entry.shape:
         return torch.empty_like(parameter, dtype=torch_dtype(entry.dtype), requires_grad=False)
     if isinstance(parameter, DTensor):
         return None
     return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype), device=parameter.device)
+
+
+def _is_plain_shard(live: Any, parameter: torch.Tensor) -> TypeGuard[torch.Tensor]:
+    return (
+        isinstance(parameter, DTensor)
+        and isinstance(live, torch.Tensor)
+        and not isinstance(live, DTensor)
+        and live.shape == local_tensor(parameter).shape
+        and live.is_contiguous()
+    )
 
 
 def _match_groups(target: OptimizerTarget) -> None:
@@ -301,8 +330,8 @@ def _match_groups(target: OptimizerTarget) -> None:
             found = {number}  # a pipeline rank without parameters in this group
         if not found and not names:
             target.problems.append(f"{target.part}: param group {number} is empty and was not stored")
-        target._group_of.append(min(found, default=0))  # noqa: SLF001 - made here
-    split = [number for number in sorted(set(target._group_of)) if target._group_of.count(number) > 1]  # noqa: SLF001 - as above
+        target.group_of.append(min(found, default=0))
+    split = [number for number in sorted(set(target.group_of)) if target.group_of.count(number) > 1]
     target.problems += [
         f"{target.part}: the parameters of stored group {number} are in several groups now" for number in split
     ]

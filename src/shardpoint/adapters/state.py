@@ -21,8 +21,8 @@ class TrainState:
         optimizer: any `torch.optim.Optimizer` over parameters of `model`.
         lr_scheduler: anything with `state_dict` and `load_state_dict`.
         sampler: anything with `state_dict` and `load_state_dict`; saved per rank.
-        tokenizer: anything with `save_pretrained`; its files go beside the weights. Without it, the tokenizer files of the
-            directory that the model was loaded from are copied, if there are any.
+        tokenizer: anything with `save_pretrained`; its files go beside the weights. Without it, the tokenizer files of
+            the directory that the model was loaded from are copied, if there are any.
     """
 
     model: nn.Module

@@ -1,7 +1,7 @@
 """How a torch tensor becomes facts and bytes, and bytes become a tensor again.
 
-Facts come from the tensor itself: global shape, mesh and placements; they are checked against the real local tensor, since
-a wrong offset would pass every checksum. Sizes come from numel, never from the storage, which FSDP2 pads.
+Facts come from the tensor itself: global shape, mesh and placements; they are checked against the real local tensor,
+since a wrong offset would pass every checksum. Sizes come from numel, never from the storage, which FSDP2 pads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def dtype_name(dtype: torch.dtype, place: str) -> str:
     """
     name = _NAMES.get(dtype)
     if name is None:
-        text = f"{place} has dtype {dtype}, which Shardpoint does not store: dequantize it, or make its buffer non-persistent"
+        text = f"{place} has dtype {dtype}, which cannot be stored: dequantize it, or make its buffer non-persistent"
         raise UsageError(text)
     return name
 
@@ -75,14 +75,14 @@ class TensorLayout:
         shape: global.
         mesh: over which it is spread, or None for a plain tensor.
         placements: one per mesh axis.
-        region: the part that this rank holds.
+        region: the part that this rank holds; None on a rank outside the mesh, which holds nothing.
     """
 
     dtype: str
     shape: tuple[int, ...]
     mesh: Mesh | None
     placements: tuple[Placement, ...]
-    region: Region
+    region: Region | None
 
 
 def _placement(placement: Any, place: str) -> Placement:
@@ -90,7 +90,7 @@ def _placement(placement: Any, place: str) -> Placement:
         return Placement("replicate")
     # `_StridedShard` is not an instance of Shard: test for it first and by itself.
     if isinstance(placement, _StridedShard):
-        return Placement("strided_shard", placement.dim, placement.split_factor)
+        return Placement("strided_shard", placement.dim, int(placement.split_factor))
     if isinstance(placement, Shard):
         return Placement("shard", placement.dim)
     text = f"{place} has the placement {placement}: reduce it to Shard or Replicate before saving"
@@ -115,8 +115,8 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
         rank: this rank.
 
     Raises:
-        UsageError: sparse, quantized, on meta, with a partial placement, or cut in a way whose shape is not the one that the
-            rule gives (then saving it would put bytes in the wrong place).
+        UsageError: sparse, quantized, on meta, with a partial placement, or cut in a way whose shape is not the one
+            that the rule gives (then saving it would put bytes in the wrong place).
     """
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         text = f"{place} is {tensor.layout} on {tensor.device}: only dense, materialised tensors can be saved or loaded"
@@ -126,11 +126,11 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
     if mesh is None or not isinstance(tensor, DTensor):
         placements = (Placement("replicate"),) if replicated_over is not None else ()
         return TensorLayout(name, shape, replicated_over, placements, Region.whole(shape))
-    placements = tuple(_placement(placement, place) for placement in tensor.placements)
+    spread = tuple(_placement(placement, place) for placement in tensor.placements)
     coordinate = mesh.coordinate(rank)
     if coordinate is None:
-        return TensorLayout(name, shape, mesh, placements, Region(tuple(() for _ in shape)) if shape else Region(()))
-    region = owned_region(shape, mesh.shape, coordinate, placements)
+        return TensorLayout(name, shape, mesh, spread, None)
+    region = owned_region(shape, mesh.shape, coordinate, spread)
     local_shape = tuple(tensor.to_local().shape)
     if region.lengths != local_shape:
         text = (
@@ -138,7 +138,7 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
             f"{mesh.shape} gives {list(region.lengths)}: this layout cannot be saved safely; please report it"
         )
         raise UsageError(text)
-    return TensorLayout(name, shape, mesh, placements, region)
+    return TensorLayout(name, shape, mesh, spread, region)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,8 +157,8 @@ def _flat_bytes(local: torch.Tensor) -> torch.Tensor:
 class LocalBytes:
     """The bytes of this rank's part of a tensor, to be staged or filled.
 
-    A contiguous CPU tensor is used in place. Any other (another device, strides, a lazy conjugate) is copied whole: when
-    it is read from, before the first byte; when it is written to, after the last (`finish`).
+    A contiguous CPU tensor is used in place. Any other (another device, strides, a lazy conjugate) is copied whole:
+    when it is read from, before the first byte; when it is written to, after the last (`finish`).
 
     Args:
         tensor: the live tensor, plain or DTensor.
@@ -182,7 +182,7 @@ class LocalBytes:
         """Return the bytes, `num_bytes` of them, to write to; `finish` puts them where they belong."""
         if self._bytes is None:
             self._bytes = torch.empty(self.num_bytes, dtype=torch.uint8)
-        return memoryview(self._bytes.numpy())
+        return self._bytes.numpy().data
 
     def finish(self) -> None:
         """Put written bytes into the tensor, where they are not there already; drop a copy."""

@@ -1,7 +1,8 @@
 """How an attempt becomes a committed checkpoint: the only function of the library that does this.
 
-Order: every rank has fsynced what it wrote before it voted, and every vote is in; then documents, then the manifest, each
-fsynced; then the directories, bottom up; then the rename; then the root. Nothing is deleted before the root is durable.
+Order: every rank has fsynced what it wrote before it voted, and every vote is in; then documents, then the manifest,
+each fsynced; then the directories, bottom up; then the rename; then the root. Nothing is deleted before the root is
+durable.
 """
 
 from __future__ import annotations
@@ -9,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from shardpoint.commit.attempt import Attempt
-from shardpoint.commit.visible import DISPLACED_PREFIX, find_committed, read_manifest
+from shardpoint.commit.visible import DISPLACED_PREFIX, find_committed
 from shardpoint.errors import (
     AlreadyExistsError,
     CheckpointError,
     CommitUnknownError,
-    CorruptionError,
     NotFoundError,
     StorageError,
-    UnsupportedFormatError,
 )
-from shardpoint.manifest import MANIFEST_NAME, Manifest, encode_manifest
+from shardpoint.manifest import MANIFEST_NAME, Manifest, decode_manifest, encode_manifest
 from shardpoint.storage import SyncPoint
 
 
@@ -32,18 +31,22 @@ def publish(attempt: Attempt, documents: Mapping[str, bytes], manifest: Manifest
         manifest: complete.
 
     Raises:
+        ManifestError: the manifest contradicts itself; nothing was committed.
         FencedError: another run took the root over; nothing was committed.
         StorageError: a document, a sync or the rename failed; nothing was committed.
         CommitUnknownError: the rename may have happened, or it did and the root's fsync failed.
 
     Durability:
-        On return the checkpoint is visible under its name and survives power loss; a checkpoint that it replaced is gone.
+        On return the checkpoint is visible under its name and survives power loss; a checkpoint that it replaced is
+        gone.
     """
     store, key = attempt.store, attempt.key
+    sealed = encode_manifest(manifest)
+    decode_manifest(sealed, MANIFEST_NAME)  # never commit what a reader would refuse
     try:
         for path, data in documents.items():
             store.write_document(f"{key}/{path}", data, SyncPoint.DOCUMENT)
-        store.write_document(f"{key}/{MANIFEST_NAME}", encode_manifest(manifest), SyncPoint.MANIFEST)
+        store.write_document(f"{key}/{MANIFEST_NAME}", sealed, SyncPoint.MANIFEST)
         for directory in reversed(attempt.directories):
             store.sync_directory(f"{key}/{directory}", SyncPoint.SUBDIRECTORY)
         store.sync_directory(key, SyncPoint.ATTEMPT)
@@ -53,7 +56,7 @@ def publish(attempt: Attempt, documents: Mapping[str, bytes], manifest: Manifest
     leftover = _make_visible(attempt)
     _sync_root(attempt)
     if leftover is not None:
-        store.remove_tree(leftover, first=MANIFEST_NAME)
+        _delete_replaced(attempt, leftover)
 
 
 def _make_visible(attempt: Attempt) -> str | None:
@@ -67,17 +70,22 @@ def _make_visible(attempt: Attempt) -> str | None:
         exchanged = store.exchange(key, name)
     except CheckpointError as error:
         _settle(attempt, error)
-        return None
-    if exchanged and _id_under(attempt, name) == attempt.attempt_id:
         return key
     if exchanged:
+        if _settled_id(attempt) == attempt.attempt_id:
+            return key
         # A filesystem that ignored the flag (an old ceph-fuse) did something else: never guess what.
         text = f"exchanging {name} for its new version left neither in place in {store.location}"
         raise CommitUnknownError(_advise(attempt, text), attempt_id=attempt.attempt_id)
     # Two renames: between them the name is absent, and readers take the displaced checkpoint instead (see visible.py).
     old_id = attempt.replaces if attempt.replaces is not None else "0" * 32
     aside = f"{attempt.owner.key}/{DISPLACED_PREFIX}{old_id}-{attempt.attempt_id}"
-    store.rename(name, aside)
+    try:
+        store.rename(name, aside)
+    except CheckpointError:
+        attempt.owner.check_alive(store)
+        if store.exists(name) or not store.exists(aside):
+            raise
     try:
         _rename(attempt, key, name)
     except CommitUnknownError:
@@ -98,11 +106,13 @@ def _rename(attempt: Attempt, source: str, target: str) -> None:
         _settle(attempt, error)
 
 
-def _id_under(attempt: Attempt, name: str) -> str | None:
+def _settled_id(attempt: Attempt) -> str | None:
+    """Return the id under the name after a rename that may have happened; not being able to read it is not knowing."""
     try:
-        return read_manifest(attempt.store, name).checkpoint_id
-    except (NotFoundError, CorruptionError, UnsupportedFormatError):
-        return None
+        return attempt.id_in_place()
+    except StorageError as error:
+        text = f"{attempt.name} was renamed into place, or not: its manifest cannot be read ({error})"
+        raise CommitUnknownError(_advise(attempt, text), attempt_id=attempt.attempt_id) from error
 
 
 def _settle(attempt: Attempt, error: CheckpointError) -> None:
@@ -110,7 +120,7 @@ def _settle(attempt: Attempt, error: CheckpointError) -> None:
 
     A rename that a file server retransmitted may report ENOENT or EIO although it was done.
     """
-    if _id_under(attempt, attempt.name) == attempt.attempt_id:
+    if _settled_id(attempt) == attempt.attempt_id:
         return
     if isinstance(error, AlreadyExistsError):
         raise error
@@ -130,7 +140,7 @@ def _sync_root(attempt: Attempt) -> None:
         raise CommitUnknownError(_advise(attempt, text), attempt_id=attempt.attempt_id) from error
     except NotFoundError as error:
         # The incarnation went away between rename and fsync: the name tells what happened.
-        if _id_under(attempt, attempt.name) != attempt.attempt_id:
+        if _settled_id(attempt) != attempt.attempt_id:
             text = f"the root was taken over while {attempt.name} was committed"
             raise CommitUnknownError(_advise(attempt, text), attempt_id=attempt.attempt_id) from error
 
@@ -150,16 +160,40 @@ def publish_file(attempt: Attempt, path: str) -> None:
         path: the file, relative to the attempt.
 
     Raises:
+        FencedError: another run took the root over; the old file is untouched.
         StorageError: the rename failed; the old file is untouched.
-        CommitUnknownError: the root's fsync failed.
+        CommitUnknownError: the rename may have happened, or it did and the root's fsync failed.
 
     Durability:
         On return the file is visible under its name and survives power loss.
     """
-    attempt.store.replace_file(f"{attempt.key}/{path}", attempt.name)
+    store, source = attempt.store, f"{attempt.key}/{path}"
     try:
-        attempt.store.sync_directory("", SyncPoint.ROOT)
+        store.replace_file(source, attempt.name)
+    except CheckpointError as error:
+        attempt.owner.check_alive(store)
+        if not store.exists(source):
+            # A rename that a file server retransmitted reports an error although it was done.
+            text = f"moving the finished file to {attempt.name} failed ({error}), and it is no longer where it was"
+            raise CommitUnknownError(_advise_file(attempt, text), attempt_id=attempt.attempt_id) from error
+        raise
+    try:
+        store.sync_directory("", SyncPoint.ROOT)
     except StorageError as error:
-        text = f"{attempt.name} is in place, but the fsync of {attempt.store.location} failed: {error}"
-        raise CommitUnknownError(text, attempt_id=attempt.attempt_id) from error
-    attempt.store.remove_tree(attempt.key)
+        text = f"{attempt.name} is in place, but the fsync of {store.location} failed: {error}"
+        raise CommitUnknownError(_advise_file(attempt, text), attempt_id=attempt.attempt_id) from error
+    _delete_replaced(attempt, attempt.key)
+
+
+def _advise_file(attempt: Attempt, text: str) -> str:
+    return f"{text}. Look whether {attempt.store.location}/{attempt.name} is the new file, and save again if it is not"
+
+
+def _delete_replaced(attempt: Attempt, key: str) -> None:
+    """Delete what a commit left over; the commit stands whether this succeeds or not, so a failure is only a note."""
+    try:
+        attempt.store.remove_tree(key, first=MANIFEST_NAME)
+    except NotFoundError:
+        return  # fenced in this moment: the new owner sweeps it
+    except StorageError as error:
+        attempt.notes.append(f"{key}, which was replaced, could not be deleted ({error}): the next run sweeps it")

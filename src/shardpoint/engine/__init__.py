@@ -19,6 +19,8 @@ from shardpoint.engine.source import Source, open_committed, source_of
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import (
     checkpoint_name,
+    is_foreign,
+    refused_request,
     run_state,
     running_states,
     stored_run,
@@ -34,12 +36,14 @@ __all__ = [
     "StructureCache",
     "Target",
     "checkpoint_name",
+    "is_foreign",
     "load",
     "load_foreign",
     "load_lr_scheduler",
     "load_model",
     "load_optimizer",
     "open_committed",
+    "refused_request",
     "run_state",
     "running_states",
     "save",

@@ -1,7 +1,7 @@
 """What ranks say to one another in a round: small typed messages, and findings that all ranks raise alike.
 
-An unexpected error of one rank is a `PeerError` everywhere. A *finding* about the checkpoint (it is corrupt, it does not
-fit) is the same class with the same attributes on every rank, whichever rank found it: it travels as a vote.
+An unexpected error of one rank is a `PeerError` everywhere. A *finding* about the checkpoint (it is corrupt, it does
+not fit) is the same class with the same attributes on every rank, whichever rank found it: it travels as a vote.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How files that another library writes become a checkpoint of ours: all or nothing, checksummed, verified on load.
 
-The other library (the real ColossalAI Booster) writes by path into the attempt's directory, on every rank as it pleases.
-What it wrote is fsynced on every rank, hashed by the coordinator, and committed like any other attempt.
+The other library (the real ColossalAI Booster) writes by path into the attempt's directory, on every rank as it
+pleases. What it wrote is fsynced on every rank, hashed by the coordinator, and committed like any other attempt.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 
 import msgspec
 
@@ -45,7 +46,7 @@ class _Committed(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-def save_foreign(
+def save_foreign(  # noqa: C901 - four rounds, each with its part of the work
     store: Store,
     comm: Comm,
     name: str,
@@ -53,6 +54,7 @@ def save_foreign(
     write: Callable[[str], None],
     documents: Mapping[str, bytes],
     *,
+    owner: RootOwner | None = None,
     listener: Listener = log_event,
 ) -> SaveResult:
     """Commit what another library writes.
@@ -64,6 +66,7 @@ def save_foreign(
         run: the position.
         write: called on every rank with the path of a directory that is there; may run collectives of its own.
         documents: path -> contents, written by the coordinator.
+        owner: on the coordinator, the run's hold on the root; without one the root is owned for this save only.
         listener: told of the commit.
 
     Raises:
@@ -79,15 +82,15 @@ def save_foreign(
         On return the checkpoint is committed and survives power loss.
     """
     began = time.monotonic()
-    owner: RootOwner | None = None
+    hold = owner
     attempt: Attempt | None = None
 
     def decide_open(ballots: Sequence[str]) -> _Opened:
-        nonlocal owner, attempt
+        nonlocal hold, attempt
         if len(set(ballots)) > 1:
             raise UsageError(f"the ranks asked for different saves: {sorted(set(ballots))}")
-        owner = acquire_root(store, listener=listener)
-        attempt = Attempt.open(store, owner, name, directories=["modeling"])
+        hold = hold or acquire_root(store, listener=listener)
+        attempt = Attempt.open(store, hold, name, directories=["modeling"])
         return _Opened(attempt.key, attempt.attempt_id)
 
     def run_write(opened: _Opened) -> bool:
@@ -108,8 +111,9 @@ def save_foreign(
             raise UsageError(f"the Booster wrote {taken}, which Shardpoint writes")
         files = [_hash_file(store, attempt.key, path, comm.progress) for path in paths]
         files += [FileEntry(path, len(data), to_hex(crc64(data))) for path, data in documents.items()]
-        directories = {path.rpartition("/")[0] for path in paths} - {""}
-        attempt.directories = sorted({*attempt.directories, *directories}, key=lambda path: (path.count("/"), path))
+        # Durability: every directory on the way to a file, not only the one that holds it.
+        above = {str(parent) for path in paths for parent in PurePosixPath(path).parents} - {"."}
+        attempt.directories = sorted({*attempt.directories, *above}, key=lambda path: (path.count("/"), path))
         manifest = Manifest(
             format=FORMAT_NAME,
             version=(FORMAT_MAJOR, FORMAT_MINOR),
@@ -148,8 +152,8 @@ def save_foreign(
             attempt.abandon(error)
         raise
     finally:
-        if owner is not None:
-            owner.release()
+        if hold is not None and owner is None:
+            hold.release()
     result = SaveResult(
         name,
         f"{store.location}/{name}",
@@ -213,7 +217,7 @@ def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> Non
             except NotFoundError as error:
                 raise source.gone(entry.path, error) from error
             if found.size_bytes != entry.size_bytes:
-                text = f"{entry.path} of {source.manifest.name} has {found.size_bytes} bytes, {entry.size_bytes} were committed"
+                text = f"{entry.path} of {source.manifest.name} has {found.size_bytes} bytes, not {entry.size_bytes}"
                 raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(found.size_bytes))
             if found.crc64nvme != entry.crc64nvme:
                 text = f"{entry.path} of {source.manifest.name} does not have the checksum that was committed"

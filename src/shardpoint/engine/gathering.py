@@ -1,12 +1,12 @@
 """How a save works where writers on different hosts cannot share a file: each file has one writer, and bytes go to it.
 
-Two NFS clients that write into one page overwrite each other's bytes. There, tensor files are assigned to ranks, and every
-rank sends what it owns of a file to the file's writer, one bounded chunk at a time. What is on disk in the end, checksums
-included, is the same as when every rank writes for itself.
+Two NFS clients that write into one page overwrite each other's bytes. There, tensor files are assigned to ranks, and
+every rank sends what it owns of a file to the file's writer, one bounded chunk at a time. What is on disk in the end,
+checksums included, is the same as when every rank writes for itself.
 
-Order: all ranks go through the files in the same order, and a file's writer through the ranks in theirs, so that no two ranks
-ever wait for each other. A rank that fails goes on taking its part in the exchange, without data, until all files are
-done: nobody is left waiting for it.
+Order: all ranks go through the files in the same order, and a file's writer through the ranks in theirs, so that no two
+ranks ever wait for each other. A rank that fails goes on taking its part in the exchange, without data, until all files
+are done: nobody is left waiting for it.
 """
 
 from __future__ import annotations

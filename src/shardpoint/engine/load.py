@@ -7,7 +7,7 @@ Until the match is made nothing of the target changes. What is found afterwards 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +17,7 @@ from shardpoint.adapters.optimizer import unplaced_members
 from shardpoint.checksum import Partial, pack_partials, to_hex, unpack_partials
 from shardpoint.comm import Comm
 from shardpoint.engine.ballots import agree, with_modified_target
-from shardpoint.engine.reading import read_tensors
+from shardpoint.engine.reading import check_files, read_tensors
 from shardpoint.engine.results import LoadResult
 from shardpoint.engine.source import Source
 from shardpoint.engine.structure import (
@@ -56,6 +56,8 @@ class _Resolved(msgspec.Struct, frozen=True):
 class _Contribution(msgspec.Struct, frozen=True):
     table: bytes
     problems: list[str]
+    missing: list[str]
+    unexpected: list[str]
 
 
 class _Matched(msgspec.Struct, frozen=True):
@@ -136,49 +138,72 @@ def load(
     own = ready.collected
 
     def contribute() -> _Contribution:
+        # Order: a file that is missing or short is found here, before any byte of the target changes.
+        check_files(found, ready.parts)
         sends = any(comm.rank == sender for sender, _ in structure.table_senders)
-        return _Contribution(encode_table(own.table) if sends else b"", own.problems)
+        table = encode_table(own.table) if sends else b""
+        return _Contribution(table, own.problems, own.missing, own.unexpected)
 
     def decide_match(ballots: Sequence[_Contribution]) -> _Matched:
         tables = [(ranks, ballots[sender].table) for sender, ranks in structure.table_senders]
         merged = merge_sent(tables, comm.world_size) if tables else cache.get(structure.key)
         assert merged is not None  # noqa: S101 - `decide_structure` asks for tables unless they are cached
-        problems = list(dict.fromkeys(problem for ballot in ballots for problem in ballot.problems))
+        problems = _distinct(ballot.problems for ballot in ballots)
         for optimizer in own.optimizers:
             problems += unplaced_members(optimizer.document, optimizer.part, merged.members)
-        match_target(merged, found.manifest, ready.parts, problems=problems, strict=strict)
+        match_target(
+            merged,
+            found.manifest,
+            ready.parts,
+            problems=problems,
+            missing=_distinct(ballot.missing for ballot in ballots),
+            unexpected=_distinct(ballot.unexpected for ballot in ballots),
+            strict=strict,
+        )
         return _Matched(merged.digest, tables)
 
     matched = agree(comm, "load: match", contribute, _Contribution, decide_match, _Matched)
 
-    merged = settle(cache, structure, own.table, matched.tables, matched.merged, comm.world_size)
-    match = match_target(merged, found.manifest, ready.parts, strict=strict)
+    plan: tuple[MergedTable, Match] | None = None
     num_bytes = 0
 
     def read() -> _Read:
-        nonlocal num_bytes
+        nonlocal plan, num_bytes
+        merged = settle(cache, structure, own.table, matched.tables, matched.merged, comm.world_size)
+        plan = merged, match_target(merged, found.manifest, ready.parts, strict=strict)
         try:
-            partials, num_bytes = read_tensors(found, merged, match, own.held, comm.rank, comm.progress)
+            partials, num_bytes = read_tensors(found, *plan, own.held, comm.rank, comm.progress)
         except CheckpointError as error:
             raise with_modified_target(error) from error.__cause__
         return _Read(pack_partials(partials), num_bytes)
 
-    agree(comm, "load: read", read, _Read, lambda ballots: _verify(found, merged, match, ballots), _Done)
+    def verify(ballots: Sequence[_Read]) -> _Done:
+        assert plan is not None  # noqa: S101 - every rank has voted, so `read` ran here
+        return _verify(found, *plan, ballots)
+
+    agree(comm, "load: read", read, _Read, verify, _Done)
+    assert plan is not None  # noqa: S101 - the round succeeded, so `read` did
+    match = plan[1]
 
     def install() -> _Done:
         ready.install()
         return _Done()
 
     agree(comm, "load: install", install, _Done, lambda _: _Done(), _Done)
+    missing = {(e.part, e.key) for e, index in zip(plan[0].entries, match.stored, strict=True) if index is None}
     return LoadResult(
         found.manifest.name,
         num_bytes,
-        len(own.held),
+        len(own.held.keys() - missing),
         time.monotonic() - began,
         found.sealed,
         match.missing,
         match.unexpected,
     )
+
+
+def _distinct(lists: Iterable[list[str]]) -> list[str]:
+    return list(dict.fromkeys(item for listed in lists for item in listed))
 
 
 def _check_same(ballots: Sequence[_Resolved]) -> _Resolved:
@@ -198,15 +223,15 @@ def _verify(source: Source, target: MergedTable, match: Match, ballots: Sequence
     for ballot in ballots:
         for index, partial in unpack_partials(ballot.partials):
             totals[index].merge(partial)
-    for entry, total, index in zip(target.entries, totals, match.stored, strict=True):
-        if index is None:
+    for entry, total, stored_index in zip(target.entries, totals, match.stored, strict=True):
+        if stored_index is None:
             continue
-        stored = source.manifest.tensors[index]
+        stored = source.manifest.tensors[stored_index]
         path = source.manifest.files[stored.file].path
         if not total.covers(entry.num_bytes):
             text = (
-                f"{entry.label}: the ranks together read {total.sum_bytes} of {entry.num_bytes} bytes: some of its holders do "
-                "not take part in this load"
+                f"{entry.label}: the ranks together read {total.sum_bytes} of {entry.num_bytes} bytes: some of its "
+                "holders do not take part in this load"
             )
             raise DistributedError(text)
         actual = to_hex(total.whole_crc(entry.num_bytes))

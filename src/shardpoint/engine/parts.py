@@ -1,6 +1,7 @@
-"""How one part is saved or loaded by itself: a model directory, one safetensors file, an optimizer, a scheduler, an adapter.
+"""How one part is saved or loaded by itself: a model directory, a safetensors file, an optimizer, a scheduler, an adapter.
 
-These are what the Booster's persistence methods do. Each writes through the same engine: all or nothing, verified on load.
+These are what the Booster's persistence methods do. Each writes through the same engine: all or nothing, verified on
+load.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from shardpoint.adapters.collect import (
     GROUPS_NAME,
     Collected,
     join,
-    load_extra_state,
     load_scheduler_document,
+    match_extra_states,
     scheduler_document,
 )
 from shardpoint.adapters.names import name_tensors
@@ -33,7 +34,7 @@ from shardpoint.engine.save import SaveRequest, save
 from shardpoint.engine.source import GROUPS_KEY, STATES_KEY, Source, open_committed, open_plain
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import optimizer_document
-from shardpoint.errors import MismatchError, NotFoundError, UsageError
+from shardpoint.errors import MismatchError, NotFoundError, UnsupportedFormatError, UsageError
 from shardpoint.manifest import MANIFEST_NAME, encode_document
 from shardpoint.planning import PartNaming
 from shardpoint.storage import LocalStore, replace_document
@@ -94,8 +95,8 @@ def save_model_directory(
 def save_model_file(model: nn.Module, path: StrPath, *, comm: Comm) -> SaveResult:
     """Save a model's weights as one safetensors file, over a file that is there.
 
-    Such a file has no manifest: a load checks its header, but cannot verify its bytes. Raises, collective and durability
-    as `save_model_directory`.
+    Such a file has no manifest: a load checks its header, but cannot verify its bytes. Raises, collective and
+    durability as `save_model_directory`.
     """
 
     def collect() -> Collected:
@@ -246,6 +247,9 @@ def _locate(path: StrPath, kind: str) -> Callable[[], tuple[Source, str]]:
                 part = "/".join(reversed(inside))
                 if not inside and "" not in parts and source.manifest.epoch is not None:
                     part = kind
+                if not parts and source.manifest.epoch is not None:
+                    text = f"{place.name} holds another library's files: load it with that library's Booster"
+                    raise UnsupportedFormatError(text)
                 return source, part
             inside.append(place.name)
             place = place.parent
@@ -259,8 +263,8 @@ def load_model(model: nn.Module, path: StrPath, *, comm: Comm, strict: bool = Tr
 
     Args:
         model: wrapped or not; its FSDP2 modules are resharded.
-        path: a directory that was saved, `modeling/` of a checkpoint, a whole checkpoint, a Hugging Face model directory
-            with safetensors, or one safetensors file.
+        path: a directory that was saved, `modeling/` of a checkpoint, a whole checkpoint, a Hugging Face model
+            directory with safetensors, or one safetensors file.
         comm: the ranks.
         strict: whether missing and unexpected names are errors.
 
@@ -287,16 +291,10 @@ def load_model(model: nn.Module, path: StrPath, *, comm: Comm, strict: bool = Tr
         adapters = join(part.rpartition("/")[0], "adapter")
         collected.add_model(named, part, adapters)
         parts = {part, *(join(adapters, name) for name in lora.adapter_names(named.root))}
-        extra = join(part, EXTRA_STATE_NAME)
-        data = source.document(extra)
-        if named.extra_states and data is None and strict:
-            raise MismatchError(f"{source.manifest.name} has no {extra}", missing=[extra])
-
-        def install() -> None:
-            if named.extra_states and data is not None:
-                load_extra_state(named, data, extra)
-
-        return Target(collected, frozenset(parts), install)
+        extra = match_extra_states(named, source.document(join(part, EXTRA_STATE_NAME)), part)
+        collected.missing += extra.missing
+        collected.unexpected += extra.unexpected
+        return Target(collected, frozenset(parts), extra.install)
 
     return load(comm, open_source, prepare, _cache, strict=strict)
 

@@ -1,21 +1,48 @@
 """How a rank fills its tensors: the bytes that it needs, read straight into their memory, checksummed as they are.
 
-A rank reads everything that it holds, but counts towards a tensor's checksum only the bytes that are its share (the same
-share that it would write), so that over all ranks each byte is counted exactly once.
+A rank reads everything that it holds, but counts towards a tensor's checksum only the bytes that are its share (the
+same share that it would write), so that over all ranks each byte is counted exactly once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from shardpoint.adapters.collect import Held
 from shardpoint.checksum import Partial, crc64
 from shardpoint.engine.source import Source
 from shardpoint.errors import NotFoundError, TruncatedError
+from shardpoint.manifest import FileEntry
 from shardpoint.planning import Match, MergedTable, held_runs, owned_items
 from shardpoint.storage import Reader
 
 CHUNK_BYTES = 64 * 2**20
+
+
+def check_files(source: Source, parts: Collection[str]) -> None:
+    """Look whether every tensor file that a load may read is there, with its committed size.
+
+    Args:
+        source: the checkpoint.
+        parts: the parts that are loaded.
+
+    Raises:
+        TruncatedError: a file is missing, or has another size.
+        NotFoundError: the checkpoint was pruned or replaced meanwhile.
+    """
+    for file in sorted({tensor.file for tensor in source.manifest.tensors if tensor.part in parts}):
+        entry = source.manifest.files[file]
+        try:
+            size_bytes = source.store.size_bytes(source.path(entry.path))
+        except NotFoundError as error:
+            raise source.gone(entry.path, error) from error
+        _check_size(source, entry, size_bytes)
+
+
+def _check_size(source: Source, entry: FileEntry, size_bytes: int) -> None:
+    if size_bytes != entry.size_bytes:
+        text = f"{entry.path} of {source.manifest.name} has {size_bytes} bytes, {entry.size_bytes} were committed"
+        raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(size_bytes))
 
 
 def read_tensors(
@@ -100,9 +127,5 @@ def _reader(source: Source, readers: dict[int, Reader], file: int) -> Reader:
     except NotFoundError as error:
         raise source.gone(entry.path, error) from error
     readers[file] = reader
-    if reader.size_bytes != entry.size_bytes:
-        text = (
-            f"{entry.path} of {source.manifest.name} has {reader.size_bytes} bytes, {entry.size_bytes} were committed"
-        )
-        raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(reader.size_bytes))
+    _check_size(source, entry, reader.size_bytes)
     return reader

@@ -133,7 +133,13 @@ class _Coordinator:
 
 
 def save(
-    store: Store, comm: Comm, request: SaveRequest, cache: StructureCache, *, listener: Listener = log_event
+    store: Store,
+    comm: Comm,
+    request: SaveRequest,
+    cache: StructureCache,
+    *,
+    owner: RootOwner | None = None,
+    listener: Listener = log_event,
 ) -> SaveResult:
     """Save, all or nothing.
 
@@ -142,6 +148,8 @@ def save(
         comm: the ranks.
         request: what to save.
         cache: this process's, kept between saves.
+        owner: on the coordinator, the run's hold on the root: a save that finds it lost fails. Without one the root is
+            owned for this save only.
         listener: told of what was committed.
 
     Returns:
@@ -150,6 +158,7 @@ def save(
     Raises:
         UsageError: the ranks asked for different saves, or something cannot be saved.
         RootBusyError: another living run owns the root.
+        FencedError: `owner` was given, and another run took the root over since.
         AlreadyExistsError: something that is not a committed checkpoint has the name.
         StorageError: with one rank; with more it is in a `PeerError`.
         PeerError: at least one rank failed; nothing was committed.
@@ -166,7 +175,7 @@ def save(
         16 MiB of staging per rank, and a whole shard at a time for tensors that are not contiguous in host memory.
     """
     began = time.monotonic()
-    coordinator = _Coordinator()
+    coordinator = _Coordinator(owner)
     try:
         committed = _rounds(store, comm, request, cache, coordinator, listener)
     except BaseException as error:
@@ -175,7 +184,7 @@ def save(
             coordinator.attempt.abandon(error)
         raise
     finally:
-        if coordinator.owner is not None:
+        if coordinator.owner is not None and owner is None:
             coordinator.owner.release()
     result = SaveResult(
         committed.name,
@@ -236,9 +245,9 @@ def _rounds(
     except CollectiveTimeout as error:
         if not comm.is_coordinator and 0 in error.waiting_for:
             text = (
-                f"rank {comm.rank} wrote its part of {request.name} and heard no verdict ({error}). Whether it was committed "
-                f"shows `shardpoint show {join(store.location, request.name)}`: it was if the checkpoint's id is "
-                f"{opened.attempt_id}. The next run on this root settles it"
+                f"rank {comm.rank} wrote its part of {request.name} and heard no verdict ({error}). Whether it was "
+                f"committed shows `shardpoint show {join(store.location, request.name)}`: it was if the checkpoint's "
+                f"id is {opened.attempt_id}. The next run on this root settles it"
             )
             raise CommitUnknownError(text, attempt_id=opened.attempt_id) from error
         raise
@@ -257,14 +266,12 @@ def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
         if naming.metadata
     }
     position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
-    return (
-        f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}, metrics {dict(request.metrics)}"
-    )
+    # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
+    return f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}"
 
 
 def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> StructureVerdict:
-    # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored, the position must agree.
-    positions = {ballot.facts.rpartition(", metrics ")[0]: rank for rank, ballot in reversed(list(enumerate(ballots)))}
+    positions = {ballot.facts: rank for rank, ballot in reversed(list(enumerate(ballots)))}
     if len(positions) > 1:
         text = "the ranks asked for different saves: " + "; ".join(
             f"rank {rank}: {facts}" for facts, rank in sorted(positions.items(), key=lambda item: item[1])
@@ -303,7 +310,8 @@ def _open(
     for part, naming in own.naming.items():
         if not naming.single and any(file.part == part for file in layout.files):
             coordinator.documents[join(part, naming.index_name)] = index_document(layout, part)
-    coordinator.owner = acquire_root(store, listener=listener)
+    if coordinator.owner is None:
+        coordinator.owner = acquire_root(store, listener=listener)
     directories = {path.rpartition("/")[0] for path in (*coordinator.documents, *own.rank_documents)} - {""}
     coordinator.attempt = Attempt.open(
         store,

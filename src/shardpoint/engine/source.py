@@ -100,8 +100,8 @@ def open_committed(store: Store, name: str) -> Source:
     if committed is None:
         if store.exists(name):
             text = (
-                f"{name} in {store.location} has no manifest: it was never committed by Shardpoint (a torn save, or another "
-                "program's directory). Use an earlier checkpoint: `shardpoint ls` lists the committed ones"
+                f"{name} in {store.location} has no manifest: it was never committed by Shardpoint (a torn save, or "
+                "another program's directory). Use an earlier checkpoint: `shardpoint ls` lists the committed ones"
             )
             raise TornCheckpointError(text)
         text = f"there is no checkpoint {name} in {store.location}: `shardpoint ls` lists those that are"
@@ -157,7 +157,7 @@ def open_plain(store: Store, name: str, part: str, *, is_file: bool) -> Source:
         finally:
             reader.close()
         files.append(FileEntry(file, layout.num_bytes, ""))
-        states: dict[str, list[str]] = json.loads(layout.metadata.get(STATES_KEY, "{}"))
+        states = _states(layout.metadata.get(STATES_KEY, "{}"), key)
         if GROUPS_KEY in layout.metadata:
             documents["param_groups.json"] = layout.metadata[GROUPS_KEY].encode()
         for tensor in layout.tensors:
@@ -195,6 +195,15 @@ def open_plain(store: Store, name: str, part: str, *, is_file: bool) -> Source:
         tensors=tensors,
     )
     return Source(store, prefix, manifest, sealed=False, documents=documents)
+
+
+def _states(text: str, key: str) -> dict[str, tuple[str, str | None]]:
+    """Return (parameter, state) of each tensor, from the text in an optimizer file's header."""
+    try:
+        found = {name: (str(fqn), str(state)) for name, (fqn, state) in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ManifestError(f"the header of {key} names its states in no known form: {error!r}", key=key) from error
+    return dict(found)
 
 
 def _listed_files(store: Store, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a whole training state is saved and resumed: every role's model, optimizer, scheduler and sampler, and the random state."""
+"""How a whole training state is saved and resumed: each role's model, optimizer, scheduler, sampler; the random state."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from shardpoint.adapters.collect import (
     Collected,
     collect_roles,
     join,
-    load_extra_state,
     load_scheduler_document,
+    match_extra_states,
     rank_document,
 )
 from shardpoint.adapters.names import NamedModule, name_tensors
@@ -26,7 +26,7 @@ from shardpoint.comm import Comm
 from shardpoint.engine.load import Target
 from shardpoint.engine.save import SaveRequest
 from shardpoint.engine.source import Source
-from shardpoint.errors import CorruptionError, ManifestError, MismatchError, UnsupportedFormatError, UsageError
+from shardpoint.errors import ManifestError, UnsupportedFormatError, UsageError
 from shardpoint.events import Event, Listener
 from shardpoint.manifest import decode_document, encode_document
 
@@ -59,6 +59,30 @@ def running_states(run: RunState) -> bytes:
     return json.dumps(fields, ensure_ascii=False, indent=4).encode()
 
 
+def refused_request(error: UsageError) -> SaveRequest:
+    """Return a save that fails on this rank, so that a wrong argument of one rank is an error on all of them."""
+
+    def collect() -> Collected:
+        raise error
+
+    return SaveRequest("", collect)
+
+
+def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return what is to be kept with a checkpoint.
+
+    Raises:
+        UsageError: a name is not a string, or a value is no number.
+    """
+    try:
+        checked = {name: float(value) for name, value in (metrics or {}).items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"metrics must be numbers by name: {error}") from error
+    if not all(isinstance(name, str) for name in checked):
+        raise UsageError(f"metrics must be numbers by name, got the names {list(checked)}")
+    return checked
+
+
 def training_request(
     roles: Mapping[str, TrainState], comm: Comm, run: RunState, *, metrics: Mapping[str, float] | None = None
 ) -> SaveRequest:
@@ -69,6 +93,9 @@ def training_request(
         comm: the ranks.
         run: the position.
         metrics: what the trainer passes along.
+
+    Raises:
+        UsageError: a metric is no number.
     """
 
     def collect() -> Collected:
@@ -77,7 +104,8 @@ def training_request(
         collected.rank_documents[rank_document(RNG_DIRECTORY, comm.rank)] = encode_document(read_rng())
         return collected
 
-    request = SaveRequest(checkpoint_name(run.epoch, run.step), collect, run, list(roles), dict(metrics or {}))
+    name = checkpoint_name(run.epoch, run.step)
+    request = SaveRequest(name, collect, run, list(roles), checked_metrics(metrics))
     return replace(request, documents={RUNNING_STATES_NAME: running_states(run)})
 
 
@@ -119,31 +147,30 @@ def training_target(
         random_state: whether the random state is restored.
 
     Raises:
-        MismatchError: roles, optimizers, schedulers or samplers that only one side has.
+        UnsupportedFormatError: another library wrote the files.
         CorruptionError: a document is damaged.
+        UsageError: an optimizer or a model cannot be loaded into.
     """
-    if not source.manifest.tensors and source.manifest.file("modeling/config.json") is None and weights:
-        text = f"{source.manifest.name} holds another library's files, no tensors of ours: load it with that library's Booster"
+    wants = any(state.optimizer is not None or state.lr_scheduler is not None for state in roles.values())
+    if is_foreign(source) and (weights or wants):
+        text = f"{source.manifest.name} holds another library's files, none of ours: load it with that library's Booster"
         raise UnsupportedFormatError(text)
-    missing = [f"role {name!r}" for name in roles if name not in source.manifest.roles]
-    unexpected = [f"role {name!r}" for name in source.manifest.roles if name not in roles]
     collected = Collected(comm.rank)
+    optional: list[str] = [f"role {name!r}" for name in source.manifest.roles if name not in roles]
     installs: list[Callable[[], None]] = []
     parts: set[str] = set()
     for role, state in roles.items():
-        if f"role {role!r}" in missing:
+        if role not in source.manifest.roles:
+            collected.missing.append(f"role {role!r}")
             continue
         named = name_tensors(state.model)
         if weights:
-            parts |= _add_weights(source, role, named, collected, installs, missing)
-        _add_optimizer(source, role, state, named, collected, parts, missing, unexpected)
-        _add_scheduler(source, role, state, installs, missing, unexpected)
-        _add_sampler(source, role, state, comm, installs, missing, unexpected)
-    if missing or (unexpected and not partial):
-        lines = [f"  the target has, the checkpoint lacks: {name}" for name in missing]
-        lines += [f"  the checkpoint has, the target lacks: {name}" for name in unexpected]
-        text = f"checkpoint {source.manifest.name} does not fit the target; nothing was changed:\n" + "\n".join(lines)
-        raise MismatchError(text, missing=missing, unexpected=unexpected)
+            parts |= _add_weights(source, role, named, collected, installs)
+        _add_optimizer(source, role, state, named, collected, parts, optional)
+        _add_scheduler(source, role, state, collected, installs, optional)
+        _add_sampler(source, role, state, collected, comm, installs, optional)
+    if not partial:
+        collected.unexpected += optional
     if random_state:
         installs += _random_state(source, comm, listener)
 
@@ -156,23 +183,20 @@ def training_target(
     return Target(collected, frozenset(parts), install)
 
 
+def is_foreign(source: Source) -> bool:
+    """Tell whether a checkpoint holds another library's files: it has neither tensors nor random states of ours."""
+    return not source.manifest.tensors and source.manifest.file(rank_document(RNG_DIRECTORY, 0)) is None
+
+
 def _add_weights(
-    source: Source,
-    role: str,
-    named: NamedModule,
-    collected: Collected,
-    installs: list[Callable[[], None]],
-    missing: list[str],
+    source: Source, role: str, named: NamedModule, collected: Collected, installs: list[Callable[[], None]]
 ) -> set[str]:
     modeling, adapters = join(role, "modeling"), join(role, "adapter")
     collected.add_model(named, modeling, adapters)
-    if named.extra_states:
-        path = join(modeling, EXTRA_STATE_NAME)
-        data = source.document(path)
-        if data is None:
-            missing.append(f"{modeling}: extra state of {', '.join(named.extra_states)}")
-        else:
-            installs.append(lambda: load_extra_state(named, data, path))
+    extra = match_extra_states(named, source.document(join(modeling, EXTRA_STATE_NAME)), modeling)
+    collected.missing += extra.missing
+    collected.unexpected += extra.unexpected
+    installs.append(extra.install)
     stored = {tensor.part for tensor in source.manifest.tensors if tensor.part.startswith(f"{adapters}/")}
     return {modeling, *stored, *(join(adapters, name) for name in lora.adapter_names(named.root))}
 
@@ -184,18 +208,17 @@ def _add_optimizer(
     named: NamedModule,
     collected: Collected,
     parts: set[str],
-    missing: list[str],
-    unexpected: list[str],
+    optional: list[str],
 ) -> None:
     part = join(role, "optimizer")
     path = join(part, GROUPS_NAME)
     if state.optimizer is None:
         if source.manifest.file(path) is not None:
-            unexpected.append(part)
+            optional.append(part)
         return
     data = source.document(path)
     if data is None:
-        missing.append(f"{part} (a resume without it would start the optimizer afresh)")
+        collected.missing.append(f"{part} (a resume without it would start the optimizer afresh)")
         return
     collected.add_optimizer_target(state.optimizer, named, part, optimizer_document(data, path), source.manifest)
     parts.add(part)
@@ -225,18 +248,18 @@ def _add_scheduler(
     source: Source,
     role: str,
     state: TrainState,
+    collected: Collected,
     installs: list[Callable[[], None]],
-    missing: list[str],
-    unexpected: list[str],
+    optional: list[str],
 ) -> None:
     path = join(role, "lr_scheduler.json")
     if state.lr_scheduler is None:
         if source.manifest.file(path) is not None:
-            unexpected.append(path)
+            optional.append(path)
         return
     data = source.document(path)
     if data is None:
-        missing.append(path)
+        collected.missing.append(path)
     else:
         installs.append(lambda: load_scheduler_document(state.lr_scheduler, data, path))
 
@@ -245,32 +268,33 @@ def _add_sampler(
     source: Source,
     role: str,
     state: TrainState,
+    collected: Collected,
     comm: Comm,
     installs: list[Callable[[], None]],
-    missing: list[str],
-    unexpected: list[str],
+    optional: list[str],
 ) -> None:
     directory = join(role, "data")
     stored = [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
     if state.sampler is None:
         if stored:
-            unexpected.append(directory)
+            optional.append(directory)
+        return
+    if not stored:
+        collected.missing.append(directory)
         return
     path = rank_document(directory, comm.rank)
     data = source.document(path)
-    if not stored:
-        missing.append(directory)
-        return
     if data is None or source.manifest.world_size != comm.world_size:
         # Another number of ranks: only a state that does not depend on the rank can go on.
         contents = {source.document(other) for other in stored}
         if len(contents) != 1:
             text = (
-                f"{source.manifest.name} was saved by {source.manifest.world_size} ranks whose sampler states differ; on "
-                f"{comm.world_size} ranks their position is undefined: use a sampler whose state is the same on all ranks "
-                "(shardpoint.data.StatefulDistributedSampler), or resume on as many ranks"
+                f"{directory}: saved by {source.manifest.world_size} ranks whose sampler states differ, so that on "
+                f"{comm.world_size} ranks the position is undefined: use a sampler whose state is the same on all "
+                "ranks (shardpoint.data.StatefulDistributedSampler), or resume on as many ranks"
             )
-            raise MismatchError(text, mismatched=[f"{directory}: {len(contents)} different states"])
+            collected.problems.append(text)
+            return
         data = contents.pop()
     assert data is not None  # noqa: S101 - listed files have contents
     values = live_values(decode_document(data, path))
@@ -287,8 +311,8 @@ def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callab
     if first is None:
         return []
     text = (
-        f"rank {comm.rank} was not there when {source.manifest.name} was saved by {source.manifest.world_size} ranks: its "
-        "random state is derived from rank 0's"
+        f"rank {comm.rank} was not there when {source.manifest.name} was saved by {source.manifest.world_size} ranks: "
+        "its random state is derived from rank 0's"
     )
     event = Event("rng_derived", text, source.manifest.name, logging.WARNING)
 
@@ -297,8 +321,3 @@ def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callab
         listener(event)
 
     return [derive]
-
-
-def is_corruption(error: BaseException) -> bool:
-    """Tell whether an error means that this checkpoint is bad and an earlier one may do."""
-    return isinstance(error, CorruptionError)

@@ -1,7 +1,7 @@
 """What the manifest says: every file and every tensor of one checkpoint, and the manifest's own checksum.
 
-A checkpoint exists if and only if its `shardpoint.json` is there and valid. Numbers that vary between two runs of the same
-job (ids, times, sequence, checksums) have a fixed width, so that the manifest's size does not vary.
+A checkpoint exists if and only if its `shardpoint.json` is there and valid. Numbers that vary between two runs of the
+same job (ids, times, sequence, checksums) have a fixed width, so that the manifest's size does not vary.
 
 Source: docs/spec/FORMAT.md, "The manifest".
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from shardpoint.checksum import crc64, to_hex
-from shardpoint.dtypes import stored_form, tensor_bytes
+from shardpoint.dtypes import sized_bytes, stored_form
 from shardpoint.errors import ChecksumError, ManifestError, TruncatedError, UnsupportedFormatError
 from shardpoint.manifest.codec import parse_strict_json
 
@@ -28,9 +28,9 @@ _SEAL_KEY = '"manifest_crc64nvme": "'
 _SEAL = re.compile(rb'"manifest_crc64nvme": "([0-9a-f]{16})"\n\}\n\Z')
 _SEAL_TAIL_BYTES = len('0123456789abcdef"\n}\n')
 
-Hex16 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
-Hex32 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-Digits = Annotated[str, msgspec.Meta(pattern="^[0-9]{12}$")]
+Hex16 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Digits = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{12}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -40,7 +40,8 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         path: relative to the checkpoint, with forward slashes.
         size_bytes: its size.
-        crc64nvme: CRC-64/NVME of all of it, 16 hex digits (for a safetensors file: of header and tensors in offset order).
+        crc64nvme: CRC-64/NVME of all of it, 16 hex digits (of a safetensors file: of header and tensors in offset
+            order).
     """
 
     path: str
@@ -81,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     Attributes:
         format: always `"shardpoint"`.
-        version: `[major, minor]`; a reader refuses a greater major.
+        version: `[major, minor]`; a reader refuses another major, and a greater minor.
         checkpoint_id: 32 hex digits, the id of the attempt that became this checkpoint.
         replaces: the id of the checkpoint of the same name that it replaced, or None.
         sequence: 12 digits, the commit sequence number: the newest checkpoint of a root has the highest.
@@ -158,7 +159,7 @@ def check_relative_path(path: str) -> None:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Return a manifest as JSON, one file or tensor a line, that ends with the CRC of all bytes before the CRC's digits."""
+    """Return a manifest as JSON, a file or tensor to a line, that ends with the CRC of all bytes before its digits."""
     fields = msgspec.structs.asdict(manifest)
     lines = ["{"]
     for name, value in fields.items():
@@ -181,7 +182,7 @@ def decode_manifest(data: bytes, key: str = MANIFEST_NAME) -> Manifest:
     Raises:
         TruncatedError: the end is missing.
         ChecksumError: its own CRC does not hold.
-        UnsupportedFormatError: a greater major version, or another format.
+        UnsupportedFormatError: another major version, a greater minor one, an unknown dtype, or another format.
         ManifestError: it contradicts itself.
     """
     seal = _SEAL.search(data)
@@ -194,7 +195,9 @@ def decode_manifest(data: bytes, key: str = MANIFEST_NAME) -> Manifest:
         raise ChecksumError(text, key=key, expected=seal.group(1).decode(), actual=actual)
     tree = parse_strict_json(data, key)
     _check_version(tree, key)
-    del tree["manifest_crc64nvme"]
+    if tree.pop("manifest_crc64nvme", None) is None:
+        text = f"{key} has its closing checksum under another name"
+        raise ManifestError(text, key=key)
     try:
         manifest = msgspec.convert(tree, Manifest)
     except msgspec.ValidationError as error:
@@ -221,11 +224,17 @@ def _check_version(tree: Any, key: str) -> None:
 
 
 def _check_consistent(manifest: Manifest, key: str) -> None:
+    check_relative_path(manifest.name)
     paths = [entry.path for entry in manifest.files]
     for path in paths:
         check_relative_path(path)
-    if len(set(paths)) != len(paths) or MANIFEST_NAME in paths:
-        text = f"{key} lists a file twice, or itself"
+    if "/" in manifest.name or len(set(paths)) != len(paths) or MANIFEST_NAME in paths:
+        text = f"{key} has a name of several components, or lists a file twice, or itself"
+        raise ManifestError(text, key=key)
+    names = {(tensor.part, tensor.fqn, tensor.state) for tensor in manifest.tensors}
+    keys = {(tensor.file, tensor.key) for tensor in manifest.tensors}
+    if len(names) != len(manifest.tensors) or len(keys) != len(manifest.tensors):
+        text = f"{key} lists a tensor twice"
         raise ManifestError(text, key=key)
     by_file: dict[int, list[TensorEntry]] = defaultdict(list)
     for tensor in manifest.tensors:
@@ -233,16 +242,21 @@ def _check_consistent(manifest: Manifest, key: str) -> None:
             text = f"{key}: tensor {tensor.key} is in file {tensor.file}, which is not listed"
             raise ManifestError(text, key=key)
         by_file[tensor.file].append(tensor)
-        if tensor.num_bytes != tensor_bytes(*stored_form(tensor.dtype, tensor.shape)):
-            text = f"{key}: tensor {tensor.key} of {tensor.dtype} {list(tensor.shape)} cannot have {tensor.num_bytes} bytes"
+        if tensor.num_bytes != sized_bytes(*stored_form(tensor.dtype, tensor.shape)):
+            kind = f"{tensor.dtype} {list(tensor.shape)}"
+            text = f"{key}: tensor {tensor.key} of {kind} cannot have {tensor.num_bytes} bytes"
             raise ManifestError(text, key=key)
     for index, tensors in by_file.items():
-        position = 0
-        for tensor in sorted(tensors, key=lambda entry: (entry.byte_offset, entry.num_bytes)):
-            if tensor.byte_offset < position:
-                text = f"{key}: tensor {tensor.key} overlaps another in {paths[index]}"
-                raise ManifestError(text, key=key)
-            position = tensor.byte_offset + tensor.num_bytes
-        if position > manifest.files[index].size_bytes:
-            text = f"{key}: tensors end at byte {position}, behind the end of {paths[index]}"
+        _check_ranges(tensors, manifest.files[index], key)
+
+
+def _check_ranges(tensors: list[TensorEntry], file: FileEntry, key: str) -> None:
+    position = 0
+    for tensor in sorted(tensors, key=lambda entry: (entry.byte_offset, entry.num_bytes)):
+        if tensor.byte_offset < position:
+            text = f"{key}: tensor {tensor.key} overlaps another in {file.path}"
             raise ManifestError(text, key=key)
+        position = tensor.byte_offset + tensor.num_bytes
+    if position > file.size_bytes:
+        text = f"{key}: tensors end at byte {position}, behind the end of {file.path}"
+        raise ManifestError(text, key=key)

@@ -22,7 +22,8 @@ def merge_optimizer_documents(documents: Sequence[dict[str, Any]], part: str) ->
         part: for messages.
 
     Raises:
-        UsageError: ranks disagree on the number of groups, a group's options, or the value of a scalar state.
+        UsageError: ranks disagree on the number of groups, a group's options, the group of a parameter, or the value
+            of a scalar state.
     """
     first = documents[0]
     groups = [{"params": list(group["params"]), "options": group["options"]} for group in first["groups"]]
@@ -47,4 +48,14 @@ def merge_optimizer_documents(documents: Sequence[dict[str, Any]], part: str) ->
                 if encode_document(target.setdefault(state, value)) != encode_document(value):
                     text = f"{part}: state {state!r} of {name} differs between ranks: {target[state]} against {value}"
                     raise UsageError(text)
+    _refuse_two_groups(groups, part)
     return {"class": first["class"], "groups": groups, "states": states}
+
+
+def _refuse_two_groups(groups: Sequence[dict[str, Any]], part: str) -> None:
+    group_of: dict[str, int] = {}
+    for number, group in enumerate(groups):
+        for name in group["params"]:
+            if group_of.setdefault(name, number) != number:
+                text = f"{part}: {name} is in param group {group_of[name]} on one rank and in group {number} on another"
+                raise UsageError(text)

@@ -1,8 +1,8 @@
-"""What is true of every tensor, on every rank: one rank's table of facts, and the merged table that all ranks plan from.
+"""What is true of every tensor, on every rank: one rank's table of facts, and the merged table that all plan from.
 
 Ranks' own tables legitimately differ (pipeline stages, norms on a smaller mesh, plain tensors without a mesh), so only
-distinct tables travel and the digest that must agree is that of the *merged* table. A digest covers names, shapes, dtypes,
-placements and meshes, never names alone.
+distinct tables travel and the digest that must agree is that of the *merged* table. A digest covers names, shapes,
+dtypes, placements and meshes, never names alone.
 """
 
 from __future__ import annotations
@@ -69,12 +69,15 @@ def decode_table(data: bytes) -> Table:
     return msgspec.msgpack.decode(data, type=Table)
 
 
+_Way = tuple[Mesh | None, tuple[Placement, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Holding:
     """One way in which ranks hold a tensor.
 
     Attributes:
-        ranks: those whose table says so, ascending.
+        ranks: those whose table says so, ascending; all ranks of the mesh are among them.
         mesh: over which it is spread, or None for a plain tensor.
         placements: one per mesh axis.
     """
@@ -137,9 +140,10 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
         The merged table; entries stand in the order in which the tables, one after another, first name them.
 
     Raises:
-        UsageError: two ranks describe one name differently, or one rank names a tensor twice.
+        UsageError: two ranks describe one name differently, one rank names a tensor twice, two keys are one tensor, or
+            a rank of a tensor's mesh does not have the tensor (its bytes would have no writer).
     """
-    merged: dict[tuple[str, str], tuple[TensorFact, list[Holding]]] = {}
+    merged: dict[tuple[str, str], tuple[TensorFact, dict[_Way, list[int]]]] = {}
     conflicts: list[str] = []
     for ranks, table in tables:
         seen: set[tuple[str, str]] = set()
@@ -149,20 +153,26 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
                 conflicts.append(f"rank {ranks[0]} has two tensors called {fact.key!r} in {fact.part}")
             seen.add(name)
             mesh = None if fact.mesh is None else table.meshes[fact.mesh]
-            holding = Holding(tuple(ranks), mesh, fact.placements)
-            known = merged.setdefault(name, (fact, []))
-            if _identity(known[0]) != _identity(fact):
+            known, ways = merged.setdefault(name, (fact, {}))
+            if _identity(known) != _identity(fact):
+                first = min(rank for holders in ways.values() for rank in holders)
                 conflicts.append(
-                    f"{fact.part}/{fact.key}: rank {known[1][0].ranks[0]} has {known[0].dtype} {list(known[0].shape)} of "
-                    f"{known[0].fqn}, rank {ranks[0]} has {fact.dtype} {list(fact.shape)} of {fact.fqn}"
+                    f"{fact.part}/{fact.key}: rank {first} has {known.dtype} {list(known.shape)} of {known.fqn}, "
+                    f"rank {ranks[0]} has {fact.dtype} {list(fact.shape)} of {fact.fqn}"
                 )
-            known[1].append(holding)
+            ways.setdefault((mesh, fact.placements), []).extend(ranks)
+    key_of: dict[tuple[str, str, str | None], str] = {}
+    for (part, key), (fact, ways) in merged.items():
+        other = key_of.setdefault((part, fact.fqn, fact.state), key)
+        if other != key:
+            conflicts.append(f"{part}: {fact.fqn} is stored under two names, {other!r} and {key!r}")
+        conflicts += _absences(f"{part}/{key}", ways)
     if conflicts:
         text = "the ranks do not describe the same tensors:\n  " + "\n  ".join(conflicts)
         raise UsageError(text)
     entries = tuple(
-        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, tuple(holdings))
-        for fact, holdings in merged.values()
+        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, _holdings(ways))
+        for fact, ways in merged.values()
     )
     members = frozenset(member for _, table in tables for member in table.members)
     return MergedTable(entries, world_size, members)
@@ -170,3 +180,15 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
 
 def _identity(fact: TensorFact) -> tuple[str, str | None, str, tuple[int, ...]]:
     return fact.fqn, fact.state, fact.dtype, fact.shape
+
+
+def _holdings(ways: dict[_Way, list[int]]) -> tuple[Holding, ...]:
+    return tuple(Holding(tuple(sorted(ranks)), mesh, placements) for (mesh, placements), ranks in ways.items())
+
+
+def _absences(name: str, ways: dict[_Way, list[int]]) -> list[str]:
+    return [
+        f"{name}: spread over the ranks {sorted(mesh.ranks)}, of which {absent} do not have it in this way"
+        for (mesh, _), ranks in ways.items()
+        if mesh is not None and (absent := sorted(set(mesh.ranks) - set(ranks)))
+    ]

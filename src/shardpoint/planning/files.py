@@ -5,9 +5,11 @@ Deterministic: every rank computes the same layout from the same merged table, s
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from shardpoint.container import FileLayout, layout_file
 from shardpoint.dtypes import stored_form
@@ -61,12 +63,20 @@ class PlacedTensor:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """All tensor files, and where each entry lies (in table order)."""
 
     files: tuple[PlannedFile, ...]
     tensors: tuple[PlacedTensor, ...]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ when any file's name or header, or any tensor's place, differs."""
+        hashed = hashlib.sha256(repr(self.tensors).encode())
+        for file in self.files:
+            hashed.update(repr((file.path, file.part, len(file.layout.header))).encode() + file.layout.header)
+        return hashed.digest()
 
 
 def plan_files(table: MergedTable, naming: Mapping[str, PartNaming], max_file_bytes: int) -> Layout:
@@ -78,14 +88,16 @@ def plan_files(table: MergedTable, naming: Mapping[str, PartNaming], max_file_by
         max_file_bytes: a file that would grow beyond this is closed first; a larger tensor has a file of its own.
 
     Raises:
-        UsageError: two tensors of a part have one key, or `max_file_bytes` is not positive.
+        UsageError: `max_file_bytes` is not positive, a part has no naming, or a file cannot be laid out, as
+            `layout_file` says.
     """
     if max_file_bytes <= 0:
         text = f"the largest file must have a positive size, got {max_file_bytes} bytes"
         raise UsageError(text)
     files: list[PlannedFile] = []
     placed: dict[int, PlacedTensor] = {}
-    for part, names in naming.items():
+    for part in sorted(naming, key=_first_seen(table)):
+        names = naming[part]
         indices = [index for index, entry in enumerate(table.entries) if entry.part == part]
         shards = _split(indices, table, max_file_bytes, single=names.single)
         for number, shard in enumerate(shards, start=1):
@@ -101,6 +113,12 @@ def plan_files(table: MergedTable, naming: Mapping[str, PartNaming], max_file_by
         text = f"tensors belong to parts without a name for their files: {sorted(set(unplaced))}"
         raise UsageError(text)
     return Layout(tuple(files), tuple(placed[index] for index in range(len(table.entries))))
+
+
+def _first_seen(table: MergedTable) -> Callable[[str], tuple[int, str]]:
+    """Order parts as the table names them: ranks may have come upon them in another order."""
+    place = {part: index for index, part in enumerate(dict.fromkeys(entry.part for entry in table.entries))}
+    return lambda part: (place.get(part, len(place)), part)
 
 
 def _stored(entry: Entry) -> tuple[str, tuple[int, ...]]:

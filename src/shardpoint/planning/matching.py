@@ -15,8 +15,8 @@ class Match:
     """Which stored tensor fills which entry of the target.
 
     Attributes:
-        stored: for each entry of the target's merged table, the index into the manifest's tensors; None where the target
-            has a tensor that the checkpoint lacks and the caller allowed that.
+        stored: for each entry of the target's merged table, the index into the manifest's tensors; None where the
+            target has a tensor that the checkpoint lacks and the caller allowed that.
         missing: names that were left as they are.
         unexpected: names of the checkpoint that were not used.
     """
@@ -32,6 +32,8 @@ def match_target(
     parts: Collection[str],
     *,
     problems: Collection[str] = (),
+    missing: Collection[str] = (),
+    unexpected: Collection[str] = (),
     strict: bool = True,
 ) -> Match:
     """Match every tensor of a target by part, name and state.
@@ -41,6 +43,8 @@ def match_target(
         manifest: the checkpoint.
         parts: the parts that are loaded; tensors of others are not looked at.
         problems: mismatches found elsewhere (param groups), reported together with those found here.
+        missing: what else the target has and the checkpoint lacks (a scheduler), found elsewhere.
+        unexpected: what else the checkpoint has and the target lacks, found elsewhere.
         strict: False allows missing and unexpected names; shapes and dtypes must always agree.
 
     Raises:
@@ -48,28 +52,28 @@ def match_target(
     """
     stored = {(t.part, t.fqn, t.state): index for index, t in enumerate(manifest.tensors) if t.part in parts}
     found: list[int | None] = []
-    missing: list[str] = []
+    lacking = list(missing)
     mismatched = list(problems)
     for entry in target.entries:
         index = stored.pop((entry.part, entry.fqn, entry.state), None)
         found.append(index)
         if index is None:
-            missing.append(entry.label)
+            lacking.append(entry.label)
             continue
         tensor = manifest.tensors[index]
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
-            mismatched.append(
-                f"{entry.label}: stored {tensor.dtype} {list(tensor.shape)}, the target wants {entry.dtype} {list(entry.shape)}"
-            )
-    unexpected = [f"{part}: {fqn}" + (f" [{state}]" if state is not None else "") for part, fqn, state in stored]
-    if mismatched or (strict and (missing or unexpected)):
+            stored_kind, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"{entry.dtype} {list(entry.shape)}"
+            mismatched.append(f"{entry.label}: stored {stored_kind}, the target wants {wanted}")
+    unused = list(unexpected)
+    unused += [f"{part}: {fqn}" + (f" [{state}]" if state is not None else "") for part, fqn, state in stored]
+    if mismatched or (strict and (lacking or unused)):
         raise MismatchError(
-            _describe(manifest.name, missing, unexpected, mismatched),
-            missing=missing,
-            unexpected=unexpected,
+            _describe(manifest.name, lacking, unused, mismatched),
+            missing=lacking,
+            unexpected=unused,
             mismatched=mismatched,
         )
-    return Match(tuple(found), tuple(missing), tuple(unexpected))
+    return Match(tuple(found), tuple(lacking), tuple(unused))
 
 
 def _describe(name: str, missing: list[str], unexpected: list[str], mismatched: list[str]) -> str:

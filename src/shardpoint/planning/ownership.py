@@ -1,9 +1,10 @@
 """Which bytes of which tensor each rank writes, so that every byte has exactly one writer and replicas share the work.
 
-Ranks that hold the same bytes (replicas) form a group. The shards that a group holds are laid end to end, in table order,
-and cut into as many equal pieces as the group has members: each member writes one piece. A cut is moved down to a multiple
-of 4096 bytes inside its tensor, so small tensors have one writer and large ones are shared. A plain tensor, which nothing
-guarantees to be equal across ranks, is written whole by the lowest rank that holds it.
+Ranks that hold the same bytes (replicas) form a group. The shards that a group holds are laid end to end, in table
+order, and cut into as many equal pieces as the group has members: each member writes one piece. A cut is moved down to
+a multiple of 4096 bytes inside its tensor, so small tensors have one writer and large ones are shared. What nothing
+guarantees to be equal (a plain tensor, or one that ranks see on different meshes) is written by the lowest rank that
+holds it, or by that rank's mesh.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from shardpoint.dtypes import itemsize_bytes, stored_form
 from shardpoint.geometry import Region, Runs, runs
-from shardpoint.layout import Mesh, Placement, owned_region, replica_ranks
+from shardpoint.layout import owned_region, replica_ranks
 from shardpoint.planning.facts import Entry, MergedTable
 
 CUT_ALIGNMENT_BYTES = 4096
@@ -61,38 +62,21 @@ def held_region(entry: Entry, rank: int) -> Region | None:
     return None
 
 
-def _writers(entry: Entry) -> tuple[list[Mesh], tuple[Placement, ...]] | int:
-    """Return the meshes whose ranks write the tensor, with their placements, or the one rank that writes it whole.
-
-    Several meshes of one shape with the same placements (the data-parallel axis as each tensor-parallel rank sees it) hold
-    the same parts, so they share the work. Where ranks hold a tensor in different ways, those of the lowest rank write it.
-    """
-    spread = [holding for holding in entry.holdings if holding.mesh is not None]
-    if not spread:
-        return min(holding.ranks[0] for holding in entry.holdings)
-    first = min(spread, key=lambda holding: holding.ranks[0])
-    assert first.mesh is not None  # noqa: S101 - for the type checker: `spread` has only holdings with a mesh
-    alike = {
-        holding.mesh: None
-        for holding in spread
-        if holding.mesh is not None
-        and holding.mesh.shape == first.mesh.shape
-        and holding.placements == first.placements
-    }
-    return list(alike), first.placements
-
-
 def _share(entry: Entry, rank: int) -> tuple[Region, tuple[int, ...]] | None:
-    """Return the part that a rank's group writes and the group's members, or None when the rank writes none of it."""
-    writers = _writers(entry)
-    if isinstance(writers, int):
-        return (Region.whole(entry.shape), (rank,)) if writers == rank else None
-    meshes, placements = writers
-    coordinate = next((found for mesh in meshes if (found := mesh.coordinate(rank)) is not None), None)
+    """Return the part that a rank's group writes and the group's members, or None when the rank writes none of it.
+
+    Where ranks hold a tensor in different ways (the data-parallel mesh as each tensor-parallel rank sees it), those of
+    the lowest rank write it: between two meshes nothing guarantees equal bytes, and a mixture is a state that no rank
+    had.
+    """
+    writing = min(entry.holdings, key=lambda holding: holding.ranks[0])
+    if writing.mesh is None:
+        return (Region.whole(entry.shape), (rank,)) if rank == writing.ranks[0] else None
+    coordinate = writing.mesh.coordinate(rank)
     if coordinate is None:
         return None
-    members = sorted({member for mesh in meshes for member in replica_ranks(mesh, placements, coordinate)})
-    return owned_region(entry.shape, meshes[0].shape, coordinate, placements), tuple(members)
+    members = replica_ranks(writing.mesh, writing.placements, coordinate)
+    return owned_region(entry.shape, writing.mesh.shape, coordinate, writing.placements), members
 
 
 def owned_items(table: MergedTable, rank: int) -> list[WriteItem]:

@@ -1,4 +1,4 @@
-"""How a store works on a POSIX filesystem: where OSError ends and Shardpoint's errors begin, and the only site of fsync."""
+"""How a store works on a POSIX filesystem: where OSError ends and our errors begin, and the only site of fsync."""
 
 from __future__ import annotations
 
@@ -35,22 +35,33 @@ _ADVICE = {
     errno.EROFS: "the filesystem is mounted read-only",
     errno.EACCES: "check the permissions of the directory",
     errno.EPERM: "check the permissions of the directory",
+    errno.ENOLCK: "the filesystem has no locks: mount it with them (NFS: run the lock service)",
+    errno.ENOSYS: "the filesystem lacks this call (locks on Lustre: mount with -o flock)",
+    errno.ENOTEMPTY: "something else writes into it at the same time",
     errno.EIO: "the device or the file server reports an I/O error: check it before saving again",
 }
 
 
 @contextmanager
-def _translated(op: str, key: str, location: str, *, retryable: bool = True) -> Iterator[None]:
+def _translated(
+    op: str,
+    key: str,
+    location: str,
+    *,
+    retryable: bool = True,
+    missing: frozenset[int] = _NOT_FOUND,
+    exists: frozenset[int] = _EXISTS,
+) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
         where = f"{key or '.'} in {location}"
-        if error.errno in _NOT_FOUND:
+        if error.errno in missing:
             text = f"{op}: {where} does not exist"
             raise NotFoundError(text) from error
-        if error.errno in _EXISTS:
+        if error.errno in exists:
             text = f"{op}: {where} is already there"
             raise AlreadyExistsError(text) from error
         advice = _ADVICE.get(error.errno or 0)
@@ -59,8 +70,11 @@ def _translated(op: str, key: str, location: str, *, retryable: bool = True) -> 
 
 
 def _sync_descriptor(descriptor: int, key: str, location: str, point: SyncPoint) -> None:
-    """Durability: the only fsync in the library; a failed one is final, since a second could report success for lost data."""
-    with _translated(f"fsync ({point})", key, location, retryable=False):
+    """Fsync one descriptor.
+
+    Durability: the only fsync in the library; a failed one is final, since a second could report success for lost data.
+    """
+    with _translated(f"fsync ({point})", key, location, retryable=False, missing=frozenset()):
         os.fsync(descriptor)
 
 
@@ -87,7 +101,9 @@ class LocalWriter:
     def sync(self, point: SyncPoint) -> None:
         """Make durable what was written through this descriptor, and check that the file still has a name."""
         _sync_descriptor(self._descriptor, self._key, self._location, point)
-        if os.fstat(self._descriptor).st_nlink == 0:
+        with _translated("fstat", self._key, self._location):
+            num_names = os.fstat(self._descriptor).st_nlink
+        if num_names == 0:
             text = f"{self._key} in {self._location} was deleted while it was written"
             raise StorageError(text, key=self._key, op="fsync", retryable=False)
 
@@ -160,8 +176,8 @@ class LocalStore:
 
     Args:
         root: the directory; it need not exist yet.
-        shared_files: whether several writers may write one file at once; None finds out: on NFS, SMB and FUSE only those of
-            one host may. False assigns each file to one rank, which costs time and gives the same bytes.
+        shared_files: whether several writers may write one file at once; None finds out: on NFS, SMB and FUSE only
+            those of one host may. False assigns each file to one rank, which costs time and gives the same bytes.
 
     Raises:
         UsageError: `root` is a file.
@@ -170,7 +186,7 @@ class LocalStore:
     def __init__(self, root: str | os.PathLike[str], *, shared_files: bool | None = None) -> None:
         self._shared_files = shared_files
         self._root = os.path.abspath(os.fspath(root))
-        if os.path.lexists(self._root) and not Path(self._root).is_dir():
+        if os.path.lexists(self._root) and not os.path.isdir(self._root):
             text = f"{self._root} is a file: give a directory to hold checkpoints"
             raise UsageError(text)
 
@@ -188,7 +204,7 @@ class LocalStore:
 
     def local_path(self, key: str) -> str:
         """Return the path of a key."""
-        if key and any(part in ("", ".", "..") for part in key.split("/")):
+        if key and ("\0" in key or any(part in ("", ".", "..") for part in key.split("/"))):
             text = f"the key {key!r} is not a plain relative path"
             raise UsageError(text)
         return f"{self._root}/{key}" if key else self._root
@@ -197,9 +213,12 @@ class LocalStore:
         """Make the root with its parents, and fsync each directory that gained a name."""
         missing: list[Path] = []
         path = Path(self._root)
-        while not path.exists():
+        while not os.path.lexists(path):
             missing.append(path)
             path = path.parent
+        if not os.path.isdir(path):
+            text = f"{path} is a file, so {self._root} cannot be a directory: give another"
+            raise UsageError(text)
         for directory in reversed(missing):
             with _translated("mkdir", str(directory), self._root), suppress(FileExistsError):
                 directory.mkdir()
@@ -319,7 +338,7 @@ class LocalStore:
     def remove_tree(self, key: str, *, first: str | None = None) -> None:
         """Delete a file or a directory with all that is in it."""
         path = Path(self.local_path(key))
-        with _translated("delete", key, self._root):
+        with _translated("delete", key, self._root, exists=frozenset()):
             if not path.is_dir() or path.is_symlink():
                 path.unlink()
                 return
@@ -327,11 +346,16 @@ class LocalStore:
                 (path / first).unlink(missing_ok=True)
             shutil.rmtree(path)
 
+    def remove_directory(self, key: str) -> None:
+        """Delete an empty directory; one that is not empty stays."""
+        with _translated("rmdir", key, self._root):
+            os.rmdir(self.local_path(key))
+
     def lock(self, key: str) -> LocalLock | None:
         """Take a file's lock, or return None where a living process (this one included) holds it.
 
-        Race: closing *any* descriptor of the file would free the lock, so a file that this process holds is never opened
-        again: its identity is looked up first, under one mutex.
+        Race: closing *any* descriptor of the file would free the lock, so a file that this process holds is never
+        opened again: its identity is looked up first, under one mutex.
         """
         path = self.local_path(key)
         with _held_locks_mutex, _translated("lock", key, self._root):

@@ -127,7 +127,11 @@ class Store(Protocol):
         ...
 
     def create_file(self, key: str, num_bytes: int) -> str | None:
-        """Make a file of a size, its space reserved; it must not be there. Return a note where space was not reserved."""
+        """Make a file of a size, its space reserved; it must not be there.
+
+        Returns:
+            A note where space could not be reserved, else None.
+        """
         ...
 
     def open_writer(self, key: str) -> Writer:
@@ -172,6 +176,14 @@ class Store(Protocol):
 
     def remove_tree(self, key: str, *, first: str | None = None) -> None:
         """Delete a file or directory with all that is in it, the entry `first` before anything else."""
+        ...
+
+    def remove_directory(self, key: str) -> None:
+        """Delete an empty directory: once it is gone, no rename into it that was under way can still land.
+
+        Raises:
+            AlreadyExistsError: something is in it; nothing was deleted.
+        """
         ...
 
     def lock(self, key: str) -> Lock | None:

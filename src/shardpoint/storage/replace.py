@@ -18,7 +18,8 @@ def replace_document(store: Store, key: str, data: bytes) -> None:
 
     Raises:
         NotFoundError: the directory is not there.
-        StorageError: the write, the fsync or the rename failed; the old file is untouched.
+        StorageError: the write, the fsync or the rename failed, and the old file is untouched; or the fsync of the
+            directory failed, and the new file is in place but may not survive power loss.
 
     Durability:
         On return contents and name survive power loss.

@@ -27,7 +27,8 @@ def fallocate(descriptor: int, num_bytes: int) -> None:
     """Reserve space for a file and set its size.
 
     Raises:
-        OSError: `EOPNOTSUPP` or `ENOSYS` where the filesystem, or the system, has no fallocate; `ENOSPC` where it is full.
+        OSError: `EOPNOTSUPP` or `ENOSYS` where the filesystem, or the system, has no fallocate; `ENOSPC` where it is
+            full.
     """
     call = getattr(_libc, "fallocate", None)
     if call is None:

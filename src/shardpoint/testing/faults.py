@@ -25,12 +25,13 @@ class Fault:
     """What goes wrong, and when.
 
     Attributes:
-        op: `"make_directory"`, `"create_file"`, `"open_writer"`, `"open_reader"`, `"write"`, `"read"`, `"sync"`, `"close"`,
-            `"write_document"`, `"sync_directory"`, `"sync_file"`, `"rename"`, `"exchange"`, `"replace_file"`,
-            `"remove_tree"`, `"lock"`, or `"*"` for any of them.
+        op: `"make_directory"`, `"create_file"`, `"open_writer"`, `"open_reader"`, `"write"`, `"read"`, `"sync"`,
+            `"close"`, `"write_document"`, `"sync_directory"`, `"sync_file"`, `"rename"`, `"exchange"`,
+            `"replace_file"`, `"remove_tree"`, `"remove_directory"`, `"lock"`, or `"*"` for any of them.
         path: a pattern (as `fnmatch`) of the key; of a rename's source.
         nth: which of the matching operations, from 1. It does not happen: the fault comes first.
-        action: `"kill"` ends the process with SIGKILL; `"raise"` raises a `StorageError`; `"call"` runs `then` and goes on.
+        action: `"kill"` ends the process with SIGKILL; `"raise"` raises a `StorageError`; `"call"` runs `then` and
+            goes on.
         errno: of the error that is raised.
         then: for `"call"`.
     """
@@ -168,6 +169,11 @@ class FaultyStore:
         """As the inner store."""
         self._before("remove_tree", key)
         self._inner.remove_tree(key, first=first)
+
+    def remove_directory(self, key: str) -> None:
+        """As the inner store."""
+        self._before("remove_directory", key)
+        self._inner.remove_directory(key)
 
     def lock(self, key: str) -> Lock | None:
         """As the inner store."""
