@@ -30,7 +30,8 @@ class Block(nn.Module):
         self.outer = nn.Linear(width + 3, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.outer(torch.tanh(self.inner(x)))
+        inner: torch.Tensor = self.outer(torch.tanh(self.inner(x)))
+        return x + inner
 
 
 class Net(nn.Module):
@@ -50,7 +51,8 @@ class Net(nn.Module):
         x = self.embed(x)
         for block in self.module:
             x = block(x)
-        return self.head(x)
+        out: torch.Tensor = self.head(x)
+        return out
 
 
 def net(seed: int, dtype: torch.dtype = torch.float32) -> Net:
@@ -58,7 +60,9 @@ def net(seed: int, dtype: torch.dtype = torch.float32) -> Net:
     return Net().to(dtype)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, dtype: torch.dtype = torch.float32) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, dtype: torch.dtype = torch.float32
+) -> list[float]:
     """Train on data that depends on the step alone; return the losses."""
     losses = []
     for step in steps:

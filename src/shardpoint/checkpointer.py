@@ -206,6 +206,7 @@ class Checkpointer:
             MismatchError: checkpoint and state differ; nothing was changed. It lists everything.
             UsageError: something in the state cannot be loaded into.
             CorruptionError: there are checkpoints, and none is intact.
+            NotFoundError: the only ones went away while they were read.
             UnsupportedFormatError: the newest is of a newer format.
             PeerError: a rank failed otherwise.
 
@@ -213,7 +214,7 @@ class Checkpointer:
             All ranks.
         """
         self._check_open()
-        passed_over: list[CorruptionError] = []
+        passed_over: list[CorruptionError | NotFoundError] = []
         tried: set[str] = set()
         while True:
             # Order: the state is looked at in a round, so that a wrong one on one rank is an error on all of them.
@@ -236,14 +237,16 @@ class Checkpointer:
                 self._tell("fell_back", f"{name} is corrupt, trying an earlier one: {error}", name)
                 continue
             except NotFoundError as error:
+                passed_over.append(error)
                 self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
                 continue
             self._previous_step = run.step
             return run
         if passed_over:
-            last = passed_over[0]
-            last.add_note(f"none of the {len(passed_over)} checkpoints in {self._store.location} is intact")
-            raise last
+            # Order: never None here. A run that started afresh on a half-filled target would not be a fresh one.
+            first = passed_over[0]
+            first.add_note(f"none of the {len(passed_over)} checkpoints in {self._store.location} is intact")
+            raise first
         return None
 
     def close(self) -> None:

@@ -34,13 +34,15 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
-def _visible(text: str) -> str:
-    """Return a text without anything that a terminal would obey: a stranger's checkpoint may hold any name."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+def _visible(text: str, *, err: bool = False) -> str:
+    """Return a text without what a terminal would obey or cannot show: a stranger's checkpoint may hold any name."""
+    plain = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    return plain.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def _echo(text: str, *, err: bool = False) -> None:
-    typer.echo(_visible(text).encode(errors="backslashreplace").decode(), err=err)
+    typer.echo(_visible(text, err=err), err=err)
 
 
 def _size(num_bytes: int) -> str:

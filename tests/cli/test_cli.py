@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from awscrt import checksums
 
+from shardpoint.catalog import Problem
 from tests.cli.conftest import NAMES, Outcome, Run
 
 TENSOR = "0.weight"
@@ -304,6 +306,7 @@ def test_a_strangers_names_do_not_reach_the_terminal_raw(root: Path, run: Run) -
 
 def test_a_path_that_is_no_text_is_printed_all_the_same(root: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/\xff\xfe"
+    (root / NAMES[1]).rename(root / "\N{LATIN SMALL LETTER E WITH ACUTE}poque")
     os.rename(root, odd)  # noqa: PTH104 - pathlib takes no bytes
     command: list[str | bytes] = [sys.executable, "-c", "from shardpoint.cli import main; main()", "ls", odd]
     for extra in ([], ["--json"]):
@@ -311,6 +314,7 @@ def test_a_path_that_is_no_text_is_printed_all_the_same(root: Path, tmp_path: Pa
         done = subprocess.run([*command, *extra], capture_output=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr.decode()
         assert NAMES[0].encode() in done.stdout
+        assert rb"poque" in done.stdout
     command[-1] = odd + b"x"
     assert subprocess.run(command, capture_output=True, check=False, env=environment).returncode == 10
 
@@ -320,3 +324,21 @@ def test_the_console_script(root: Path) -> None:
     done = subprocess.run([script, "verify", root / NAMES[0]], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("ok ")
+
+
+def test_the_reference_tells_the_codes_and_the_fields(repo_root: Path) -> None:
+    from shardpoint import errors
+
+    text = (repo_root / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    codes = re.findall(r"^\| (\d+) \| `(\w+)`", text, re.MULTILINE)
+    assert len(codes) == 6
+    assert all(getattr(errors, name).exit_code == int(code) for code, name in codes)
+    others = re.search(r"other classes' codes \(([\d, ]+);", text)
+    assert others is not None
+    told = {0, *(int(code) for code, _ in codes), *(int(code) for code in others[1].split(", "))}
+    assert told == {0, *(cls.exit_code for cls in errors.error_classes().values())}
+    summary = text.partition("A *summary* has ")[2].partition(".\n")[0]
+    assert re.findall(r"`(\w+)`", summary) == list(SUMMARY_FIELDS)
+    kinds = re.findall(r"^\| `(\w+)` \|", text.partition("| kind | meaning |")[2], re.MULTILINE)
+    assert Problem.__doc__ is not None
+    assert sorted(kinds) == sorted(re.findall(r'`"(\w+)"`', Problem.__doc__))

@@ -1,6 +1,7 @@
-"""What is left when a process that changes a root dies at its k-th change, for every k, and does the next run repair it?
+"""What is left when a process that changes a root dies at its k-th change, and does the next run repair it?
 
-Run as a program, so that it forks from a process without threads: `python -m tests.crash.lives SCENARIO RENAMES DIRECTORY`.
+Run as a program, so that it forks from a process without threads:
+`python -m tests.crash.lives SCENARIO RENAMES DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def _save_file(store: LocalStore, owner: Any) -> None:
 SCENARIOS = {
     "first": Scenario({}, {"a": 1}, _owning(lambda store, owner: tiny.save(store, owner, "a", 1))),
     "second": Scenario({"a": 1}, {"a": 1, "b": 2}, _owning(lambda store, owner: tiny.save(store, owner, "b", 2))),
-    "replace": Scenario({"a": 1, "b": 2}, {"a": 3, "b": 2}, _owning(lambda store, owner: tiny.save(store, owner, "a", 3))),
+    "replace": Scenario(
+        {"a": 1, "b": 2}, {"a": 3, "b": 2}, _owning(lambda store, owner: tiny.save(store, owner, "a", 3))
+    ),
     "prune": Scenario({"a": 1, "b": 2}, {"b": 2}, _owning(lambda store, owner: prune(store, owner, "a"))),
     "file": Scenario({"a": 1}, {"a": 1}, _owning(_save_file)),
 }
@@ -154,10 +157,10 @@ def look_and_repair(root: Path, tell: Callable[[str], None]) -> None:
     store = LocalStore(root)
     owner = acquire_root(store, listener=lambda _: None)
     tell(json.dumps(state_of(root)))
-    (only,) = os.listdir(root / ".shardpoint")
-    inside = sorted(os.listdir(root / ".shardpoint" / only))
+    (only,) = (root / ".shardpoint").iterdir()
+    inside = sorted(path.name for path in only.iterdir())
     if inside != ["heartbeat", "lock", "owner.json"]:
-        raise AssertionError(f"the new owner left {inside} in {only}")
+        raise AssertionError(f"the new owner left {inside} in {only.name}")
     names = sorted(path.name for path in root.iterdir() if path.name not in (".shardpoint", "weights.safetensors"))
     if names != sorted(state_of(root)):
         raise AssertionError(f"the root has {names}")
@@ -203,6 +206,7 @@ def every_death(scenario: Scenario, renames: str, directory: Path) -> tuple[int,
     template, root = directory / "template", directory / "root"
     if scenario.before:
         make_root(template, scenario.before)
+        state_of(template)  # forked processes then find every cache warm
     problems: list[str] = []
     at = 0
     while True:
@@ -223,6 +227,7 @@ def every_second_death(renames: str, directory: Path) -> tuple[int, list[str]]:
     repairing = Scenario(scenario.before, scenario.after, _owning(lambda _store, _owner: None))
     template, root, torn = directory / "template", directory / "root", directory / "torn"
     make_root(template, scenario.before)
+    state_of(template)
     problems: list[str] = []
     seen: set[tuple[str, ...]] = set()
     first = count = 0
@@ -264,7 +269,7 @@ def _sealed(path: Path) -> bool:
 
 def main() -> None:
     name, renames, directory = sys.argv[1:]
-    os.fsync = lambda _: None  # a killed process loses nothing that the kernel has
+    setattr(os, "fsync", lambda _: None)  # noqa: B010 - a killed process loses nothing that the kernel has
     if name == "repair":
         count, problems = every_second_death(renames, Path(directory))
     else:

@@ -78,6 +78,8 @@ def fill_of(directory: Path) -> int:
     said = json.loads((directory / "shardpoint.json").read_text())["step"]
     told = json.loads((directory / "running_states.json").read_text())["fill"]
     data = (directory / PATH).read_bytes()
-    if not (said == told and data[-NUM_BYTES:] == bytes([said]) * NUM_BYTES and (directory / "extra/note.json").is_file()):
+    if not (
+        said == told and data[-NUM_BYTES:] == bytes([said]) * NUM_BYTES and (directory / "extra/note.json").is_file()
+    ):
         raise AssertionError(f"{directory} is torn: manifest {said}, running states {told}, tensor {set(data[-9:])}")
     return int(said)

@@ -6,6 +6,8 @@ import json
 import logging
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,8 @@ def test_files_hold_what_the_live_objects_hold(tmp_path: Path) -> None:
     assert state.optimizer is not None
     with Checkpointer(tmp_path) as checkpointer:
         pending = checkpointer.save(state, epoch=0, step=2, batch_size=BATCH, metrics={"loss": float("nan")})
-        assert pending is not None and pending.done()
+        assert pending is not None
+        assert pending.done()
         result = pending.result()
     directory = Path(result.path)
     assert directory == tmp_path / "epoch-0_step-2"
@@ -109,7 +112,9 @@ def test_files_hold_what_the_live_objects_hold(tmp_path: Path) -> None:
             data = path.read_bytes()
             assert path.suffix in {".json", ".safetensors"}
             assert not data.startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"))
-            with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, UnicodeDecodeError)):
+            with pytest.raises(
+                (pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, UnicodeDecodeError)
+            ):
                 pickle.loads(data)
 
 
@@ -150,7 +155,8 @@ def test_several_groups_in_another_order(tmp_path: Path) -> None:
         return TrainState(model=model, optimizer=torch.optim.AdamW(groups, lr=0.05))
 
     state, other = grouped(net(0), turned=False), grouped(net(5), turned=True)
-    assert state.optimizer is not None and other.optimizer is not None
+    assert state.optimizer is not None
+    assert other.optimizer is not None
     train(state.model, state.optimizer, range(3))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(state, epoch=0, step=3, batch_size=1)
@@ -170,7 +176,8 @@ def test_bf16_parameters_with_fp32_state(tmp_path: Path) -> None:
         return TrainState(model=model, optimizer=optimizer)
 
     state, other = with_masters(1), with_masters(2)
-    assert state.optimizer is not None and other.optimizer is not None
+    assert state.optimizer is not None
+    assert other.optimizer is not None
     other.optimizer.state.clear()
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(state, epoch=0, step=0, batch_size=1)
@@ -308,13 +315,14 @@ def test_extra_states_come_back_and_must_match(tmp_path: Path) -> None:
         def set_extra_state(self, state: Any) -> None:
             self.calls, self.scale = state["calls"], state["scale"]
 
-    one, two = nn.Sequential(Counting(2, 2), nn.Linear(2, 2)), nn.Sequential(Counting(2, 2), nn.Linear(2, 2))
-    one[0].calls = 5
+    first, second = Counting(2, 2), Counting(2, 2)
+    one, two = nn.Sequential(first, nn.Linear(2, 2)), nn.Sequential(second, nn.Linear(2, 2))
+    first.calls = 5
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(TrainState(model=one), epoch=0, step=0, batch_size=1)
         checkpointer.resume(TrainState(model=two))
-        assert two[0].calls == 5
-        assert torch.equal(two[0].scale, torch.tensor([1.5, 2.5]))
+        assert second.calls == 5
+        assert torch.equal(second.scale, torch.tensor([1.5, 2.5]))
         plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         with pytest.raises(MismatchError) as caught:
             checkpointer.resume(TrainState(model=plain))
@@ -468,7 +476,8 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
         checkpointer.save(state, epoch=0, step=2, batch_size=1)
         step(state, range(1))
         second = checkpointer.save(state, epoch=0, step=1, batch_size=1)
-        assert first is not None and second is not None
+        assert first is not None
+        assert second is not None
         assert second.result().sequence == first.result().sequence + 2
         assert same_bits(on_disk(tmp_path / "epoch-0_step-1" / "modeling"), weights(state.model))
         assert checkpointer.resume(state) == RunState(0, 1, 1)
@@ -562,10 +571,10 @@ def test_a_run_that_lost_its_root_saves_no_more(tmp_path: Path) -> None:
 
 
 def test_the_root_is_free_after_close(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    program = f"from shardpoint import Checkpointer; Checkpointer({str(tmp_path)!r}).close()"
+    own = (
+        "from shardpoint.commit import acquire_root; from shardpoint.storage import LocalStore; acquire_root(LocalStore"
+    )
+    program = f"{own}({str(tmp_path)!r}))"
     with Checkpointer(tmp_path):
         busy = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert RootBusyError.__name__ in busy.stderr
@@ -581,4 +590,3 @@ def test_all_corrupt_says_so(tmp_path: Path) -> None:
         with pytest.raises(CorruptionError) as caught:
             checkpointer.resume(state)
     assert "none of the 2 checkpoints" in "".join(caught.value.__notes__)
-

@@ -98,7 +98,9 @@ def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
 
 def _place(fqn: str, layers: dict[str, frozenset[str]]) -> Place:
     if not fqn.startswith(_PREFIX):
-        text = f"{fqn} is a peft parameter outside the base model: only adapters in its layers (LoRA and kin) can be saved"
+        text = (
+            f"{fqn} is a peft parameter outside the base model: only adapters in its layers (LoRA and kin) can be saved"
+        )
         raise UsageError(text)
     key = fqn
     adapter: str | None = None

@@ -217,7 +217,7 @@ class OptimizerTarget:
 
 def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     one, other = local_tensor(first), local_tensor(second)
-    return one.numel() > 0 and one.data_ptr() == other.data_ptr() and one.shape == other.shape
+    return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
 def _scalar_state(value: Any, parameter: torch.Tensor, *, on_device: bool) -> Any:

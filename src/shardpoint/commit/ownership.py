@@ -339,11 +339,15 @@ def _new_incarnation(store: Store, number: int) -> Lock | None:
         store.sync_directory(fresh, SyncPoint.OWNERSHIP)
         store.rename(fresh, f"{CONTROL_DIRECTORY}/inc-{number:06d}")
         store.sync_directory(CONTROL_DIRECTORY, SyncPoint.OWNERSHIP)
-    except BaseException as error:
+    except (AlreadyExistsError, NotFoundError):
+        with suppress(NotFoundError):
+            store.remove_tree(fresh)
         if lock is not None:
             lock.release()
-        if isinstance(error, AlreadyExistsError | NotFoundError):
-            return None
+        return None
+    except BaseException:
+        if lock is not None:
+            lock.release()
         raise
     return lock
 

@@ -169,7 +169,7 @@ def _receive(
     failure: Exception | None,
 ) -> Exception | None:
     """Take what a rank owns of a file; after a failure of this rank what comes is taken and dropped."""
-    room = memoryview(np.empty(STAGING_BYTES, dtype=np.uint8)).cast("B") if items else memoryview(b"")
+    room = np.empty(STAGING_BYTES, dtype=np.uint8).data if items else memoryview(b"")
     for item in items:
         placed = layout.tensors[item.entry]
         for byte_offset, _, num_bytes in item.runs(table):

@@ -1,4 +1,4 @@
-"""How one part is saved or loaded by itself: a model directory, a safetensors file, an optimizer, a scheduler, an adapter.
+"""How one part is saved or loaded by itself: a model directory, a single file, an optimizer, a scheduler, an adapter.
 
 These are what the Booster's persistence methods do. Each writes through the same engine: all or nothing, verified on
 load.

@@ -1,4 +1,4 @@
-"""How a whole training state is saved and resumed: each role's model, optimizer, scheduler, sampler; the random state."""
+"""How a whole training state is saved and resumed: each role's model, optimizer, scheduler, sampler; random states."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def training_target(
     """
     wants = any(state.optimizer is not None or state.lr_scheduler is not None for state in roles.values())
     if is_foreign(source) and (weights or wants):
-        text = f"{source.manifest.name} holds another library's files, none of ours: load it with that library's Booster"
+        text = (
+            f"{source.manifest.name} holds another library's files, none of ours: load it with that library's Booster"
+        )
         raise UnsupportedFormatError(text)
     collected = Collected(comm.rank)
     optional: list[str] = [f"role {name!r}" for name in source.manifest.roles if name not in roles]

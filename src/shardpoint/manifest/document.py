@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from shardpoint.checksum import crc64, to_hex
-from shardpoint.dtypes import sized_bytes, stored_form
+from shardpoint.dtypes import MAX_SIZE, sized_bytes, stored_form
 from shardpoint.errors import ChecksumError, ManifestError, TruncatedError, UnsupportedFormatError
 from shardpoint.manifest.codec import parse_strict_json
 
@@ -31,7 +31,7 @@ _SEAL_TAIL_BYTES = len('0123456789abcdef"\n}\n')
 Hex16 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Hex32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Digits = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{12}\Z")]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

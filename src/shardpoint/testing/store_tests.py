@@ -8,7 +8,9 @@ class TestMyStore(StoreTests):
 
 from __future__ import annotations
 
-from shardpoint.errors import AlreadyExistsError, CheckpointError, NotFoundError, TruncatedError
+import threading
+
+from shardpoint.errors import AlreadyExistsError, CheckpointError, NotFoundError, TruncatedError, UsageError
 from shardpoint.storage import Store, SyncPoint
 
 
@@ -37,11 +39,41 @@ class StoreTests:
     def test_missing_things_are_not_found(self, store: Store) -> None:
         """Each reading operation says so."""
         store.make_root()
-        for operation in ("read_bytes", "open_reader", "open_writer", "size_bytes", "entries"):
+        for operation in (
+            "read_bytes",
+            "open_reader",
+            "open_writer",
+            "size_bytes",
+            "entries",
+            "remove_tree",
+            "remove_directory",
+        ):
             _refuses(NotFoundError, operation, store, "absent")
-        _refuses(NotFoundError, "rename", store, "absent", "elsewhere")
+        store.make_directory("here")
+        for source, target in (("absent", "elsewhere"), ("here", "absent/elsewhere")):
+            _refuses(NotFoundError, "rename", store, source, target)
+        if self._exchanges(store):
+            _refuses(NotFoundError, "exchange", store, "absent", "here")
+        _refuses(NotFoundError, "replace_file", store, "absent", "elsewhere")
         _refuses(NotFoundError, "create_file", store, "absent/file", 1)
+        _refuses(NotFoundError, "write_document", store, "absent/file", b"", SyncPoint.DOCUMENT)
+        _refuses(NotFoundError, "sync_directory", store, "absent", SyncPoint.ROOT)
+        _refuses(NotFoundError, "sync_file", store, "absent", SyncPoint.TENSOR_FILE)
+        _refuses(NotFoundError, "lock", store, "absent/lock")
         _expect(not store.exists("absent"), "absent does not exist")
+
+    @staticmethod
+    def _exchanges(store: Store) -> bool:
+        for name in ("one", "other"):
+            store.make_directory(name)
+        return store.exchange("one", "other")
+
+    def test_keys_stay_inside_the_root(self, store: Store) -> None:
+        """A key that leads out of the root, or that no file can have, is a mistake of the caller."""
+        store.make_root()
+        for key in ("../x", "a/../../x", "/etc", "a//b", "./a", "a/", "a\0b"):
+            for operation in ("read_bytes", "exists", "make_directory", "local_path"):
+                _refuses(UsageError, operation, store, key)
 
     def test_directories(self, store: Store) -> None:
         """One level at a time, never twice, listed by name."""
@@ -53,6 +85,14 @@ class StoreTests:
         _refuses(NotFoundError, "make_directory", store, "x/y")
         listed = [(entry.name, entry.is_directory) for entry in store.entries("")]
         _expect(listed == [("a", True), ("b", True)], f"directories are listed by name: {listed}")
+        store.create_file("A", 0)
+        listed = [(entry.name, entry.is_directory) for entry in store.entries("")]
+        _expect(listed == [("A", False), ("a", True), ("b", True)], f"files are told from directories: {listed}")
+        _expect(store.exists("") and store.exists("A") and store.exists("b/c"), "files and directories exist")
+        _refuses(AlreadyExistsError, "remove_directory", store, "b")
+        store.remove_directory("b/c")
+        store.remove_directory("b")
+        _expect(not store.exists("b"), "an empty directory goes")
 
     def test_writes_at_offsets(self, store: Store) -> None:
         """A created file has its size, reads as zeros, and keeps what is written where it is written."""
@@ -67,6 +107,31 @@ class StoreTests:
             writer.sync(SyncPoint.TENSOR_FILE)
             writer.close()
         _expect(store.read_bytes("f") == b"\0abc\0\0\0\0yz", "bytes are where they were written")
+        store.create_file("empty", 0)
+        writer = store.open_writer("empty")
+        writer.write_at(b"", 0)
+        writer.sync(SyncPoint.TENSOR_FILE)
+        writer.close()
+        writer.close()
+        _expect(store.read_bytes("empty") == b"", "a file without bytes is a file")
+
+    def test_writers_share_a_file(self, store: Store) -> None:
+        """Several threads write disjoint ranges through one writer, and none of them is lost."""
+        store.make_root()
+        size, count = 3000, 8
+        store.create_file("f", size * count)
+        writer = store.open_writer("f")
+        threads = [
+            threading.Thread(target=writer.write_at, args=(bytes([index]) * size, index * size))
+            for index in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        writer.sync(SyncPoint.TENSOR_FILE)
+        writer.close()
+        _expect(store.read_bytes("f") == b"".join(bytes([index]) * size for index in range(count)), "nothing is lost")
 
     def test_reads_at_offsets(self, store: Store) -> None:
         """A read fills its target or says that the file is short."""
@@ -93,6 +158,11 @@ class StoreTests:
             store.make_directory(name)
         store.write_document("a/f", b"a", SyncPoint.DOCUMENT)
         _refuses(AlreadyExistsError, "rename", store, "a", "b")
+        for name in ("old", "new"):
+            store.write_document(name, name.encode(), SyncPoint.DOCUMENT)
+        _refuses(AlreadyExistsError, "rename", store, "new", "old")
+        _refuses(AlreadyExistsError, "rename", store, "new", "b")
+        _expect(store.read_bytes("old") == b"old" and store.read_bytes("new") == b"new", "nothing was moved")
         store.rename("a", "c")
         _expect(store.read_bytes("c/f") == b"a" and not store.exists("a"), "a rename moves everything")
 
@@ -112,8 +182,15 @@ class StoreTests:
         store.make_root()
         store.write_document("old", b"old", SyncPoint.DOCUMENT)
         store.write_document("new", b"new", SyncPoint.DOCUMENT)
+        reader = store.open_reader("old")
         store.replace_file("new", "old")
         _expect(store.read_bytes("old") == b"new" and not store.exists("new"), "replaced")
+        target = bytearray(3)
+        reader.read_into(memoryview(target), 0)
+        reader.close()
+        _expect(bytes(target) == b"old", "whoever had the old file open still reads it")
+        store.replace_file("old", "free")
+        _expect(store.read_bytes("free") == b"new", "a free name is taken")
 
     def test_remove_tree(self, store: Store) -> None:
         """Everything below goes."""
@@ -124,6 +201,11 @@ class StoreTests:
         store.write_document("a/m", b"", SyncPoint.DOCUMENT)
         store.remove_tree("a", first="m")
         _expect(not store.exists("a"), "removed")
+        store.make_directory("a")
+        store.remove_tree("a", first="m")
+        store.write_document("f", b"", SyncPoint.DOCUMENT)
+        store.remove_tree("f")
+        _expect(store.entries("") == [], "an absent first entry, and a single file, are no errors")
 
     def test_lock_is_exclusive(self, store: Store) -> None:
         """A second taker waits for nobody: it hears None, in this process too."""

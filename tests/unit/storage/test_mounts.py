@@ -24,7 +24,7 @@ malformed line
 @pytest.mark.parametrize(
     "path, kind",
     [
-        ("/home/x", "ext4"),
+        ("/srv/x", "ext4"),
         ("/data", "nfs4"),
         ("/data/runs/a", "nfs4"),
         ("/data2/runs", "xfs"),
