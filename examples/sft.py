@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/sft.py --plugin fsdp --root runs/first --steps 12 --save-every 4
 
 The same command after a crash resumes from the last committed checkpoint. It may name another number of ranks (1, 2 or
-4) or another plugin: a step's loss is the mean of the means of MICRO_BATCHES micro-batches, whoever computes them.
+4) or another plugin: a step's loss is the mean of the means of the same 4 micro-batches, whoever computes them.
 The model is SmolLM2-135M-Instruct; the data are questions about Python's standard library, answered by its docstrings.
 """
 
@@ -34,7 +34,6 @@ from shardpoint.storage import LocalStore
 from shardpoint.testing import Fault, FaultyStore
 
 MODEL_DIR = Path(__file__).resolve().parent.parent / "demo" / "SmolLM2-135M-Instruct"
-MICRO_BATCHES = 4  # of one step, over all ranks
 NUM_TOKENS = 80  # of a sample: longer ones are cut, shorter ones padded
 LEARNING_RATE, WARMUP_STEPS, COSINE_STEPS = 1e-4, 4, 100
 MODULES = (
@@ -103,16 +102,16 @@ def learning_rate_factor(step: int) -> float:
     return min((step + 1) / WARMUP_STEPS, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train_step(booster: Booster, model: Any, optimizer: Any, batches: Iterator[dict[str, torch.Tensor]]) -> float:
-    """Take one step on this rank's next micro-batches; return the loss of the whole batch, the same on every rank."""
+def train_step(booster: Booster, model: Any, optimizer: Any, batches: Iterator[Any], num_batches: int) -> float:
+    """Take one step on this rank's share of the micro-batches; return the loss of all of them, equal on every rank."""
     rank, world_size = DistCoordinator().rank, DistCoordinator().world_size
-    losses = torch.zeros(MICRO_BATCHES, dtype=torch.float64)
-    for index in range(rank, MICRO_BATCHES, world_size):
-        is_last = index + world_size >= MICRO_BATCHES
+    losses = torch.zeros(num_batches, dtype=torch.float64)
+    for index in range(rank, num_batches, world_size):
+        is_last = index + world_size >= num_batches
         with nullcontext() if is_last else booster.no_sync(model, optimizer):
             loss = model(**{name: values.to(model.device) for name, values in next(batches).items()}).loss
-            # DDP and FSDP average over the ranks: scaled so, each micro-batch counts 1 / MICRO_BATCHES in the gradient.
-            booster.backward(loss * (world_size / MICRO_BATCHES), optimizer)
+            # DDP and FSDP average over the ranks: scaled so, each micro-batch counts 1 / num_batches in the gradient.
+            booster.backward(loss * (world_size / num_batches), optimizer)
         losses[index] = loss.detach()
     optimizer.step()
     optimizer.zero_grad()
@@ -137,7 +136,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps, counted from the start of the training")
     parser.add_argument("--save-every", type=int, default=4, metavar="STEPS")
     parser.add_argument("--keep", type=int, default=3, metavar="N", help="keep the last N checkpoints")
-    parser.add_argument("--micro-batch", type=int, default=1, metavar="SAMPLES")
+    parser.add_argument("--micro-batches", type=int, default=4, metavar="N", help="of one step, over all ranks")
+    parser.add_argument("--micro-batch", type=int, default=1, metavar="SAMPLES", help="samples of one micro-batch")
     parser.add_argument("--tiny", action="store_true", help="a tiny random model instead of SmolLM2")
     parser.add_argument("--kill", default="", metavar="rank=R,step=S", help="SIGKILL rank R in the middle of a save")
     return parser.parse_args()
@@ -156,7 +156,7 @@ def train(args: argparse.Namespace) -> None:
             convert_model()
     model, tokenizer = make_model(tiny=args.tiny)
     samples = [encode(tokenizer, question, answer) for question, answer in questions_and_answers()]
-    size, batch_size = args.micro_batch, MICRO_BATCHES * args.micro_batch
+    size, batch_size = args.micro_batch, args.micro_batches * args.micro_batch
     steps_per_epoch = len(samples) // batch_size
     batching = {"drop_last": True, "micro_batch_size": size, "batch_size": batch_size}
     sampler = StatefulDistributedSampler(samples, world_size, rank, **batching)
@@ -185,7 +185,7 @@ def train(args: argparse.Namespace) -> None:
                 sampler.set_epoch(epoch)
                 sampler.set_start_index(step * batch_size)
                 batches = iter(loader)
-            loss = train_step(booster, model, optimizer, batches)
+            loss = train_step(booster, model, optimizer, batches, args.micro_batches)
             scheduler.step()
             sampler.set_start_index((step + 1) * batch_size)  # what all ranks have consumed, whatever was read ahead
             if rank == 0:

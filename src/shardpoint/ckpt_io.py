@@ -348,8 +348,10 @@ def _check_coordinator(coordinator: object, comm: Comm) -> None:
 
 
 def _own(store: Store) -> None:
-    held = (os.getpid(), store.location)
-    if held in _owned and store.exists(CONTROL_DIRECTORY):  # else the whole root was deleted: it is a new one
-        _owned[held].check_alive(store)
+    key = (os.getpid(), store.location)
+    if key in _owned and not store.exists(CONTROL_DIRECTORY):
+        _owned.pop(key).release()  # the whole root was deleted: what is made now is a new one
+    if key in _owned:
+        _owned[key].check_alive(store)
     else:
-        _owned[held] = acquire_root(store)
+        _owned[key] = acquire_root(store)

@@ -126,7 +126,7 @@ def test_the_raw_library_reads_a_file_as_it_was_laid_out(
     random = np.random.default_rng(2)
     body = random.integers(0, 256, layout.num_bytes - len(layout.header), dtype=np.uint8).tobytes()
     whole = layout.header + body
-    found = dict(deserialize(whole))
+    found = dict(deserialize(whole))  # type: ignore[no-untyped-call]
     assert found.keys() == {name for name, _, _ in tensors}
     by_name = {tensor.name: tensor for tensor in layout.tensors}
     for name, dtype, shape in tensors:

@@ -12,7 +12,7 @@ from shardpoint.errors import UnsupportedFormatError
 @pytest.mark.parametrize("name", ITEMSIZE_BYTES)
 def test_the_library_has_each_dtype_with_the_same_size(name: str) -> None:
     layout = layout_file([("t", name, (3,))])
-    found = dict(deserialize(layout.header + bytes(layout.num_bytes - len(layout.header))))["t"]
+    found = dict(deserialize(layout.header + bytes(layout.num_bytes - len(layout.header))))["t"]  # type: ignore[no-untyped-call]
     assert (found["dtype"], len(found["data"])) == (name, 3 * ITEMSIZE_BYTES[name])
 
 

@@ -66,6 +66,13 @@ def test_fsdp_over_expert_over_tensor_parallel_is_applied_from_the_right() -> No
     assert rows((8,), (2, 2, 2), (0, 1, 0), *how) == [4]
 
 
+def test_two_axes_that_were_cut_last_are_applied_from_right_to_left() -> None:
+    how = (strided(0, 4), strided(0, 2), shard(0))
+    assert rows((8,), (2, 2, 2), (1, 0, 0), *how) == [1]
+    assert rows((8,), (2, 2, 2), (0, 1, 0), *how) == [2]
+    assert rows((8,), (2, 2, 2), (0, 0, 1), *how) == [4]
+
+
 def test_packed_weights_give_a_chunk_of_every_piece() -> None:
     # gate and up stacked (rows 0-3 and 4-7), tensor parallel over 2: half of each.
     assert rows((8,), (2,), (0,), strided(0, 2)) == [0, 1, 4, 5]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import PurePosixPath
 
 import msgspec
@@ -20,6 +21,7 @@ from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, RootOwner, acquire_root, publish
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.results import SaveResult
+from shardpoint.engine.save import commit_or_unknown
 from shardpoint.engine.source import Source
 from shardpoint.errors import (
     ChecksumError,
@@ -132,7 +134,7 @@ def save_foreign(  # noqa: C901 - four rounds, each with its part of the work
             files=files,
             tensors=[],
         )
-        publish(attempt, documents, manifest)
+        commit_or_unknown(attempt, partial(publish, attempt, documents, manifest))
         return _Committed(attempt.sequence, manifest.total_bytes)
 
     try:

@@ -102,6 +102,7 @@ class _Opened(msgspec.Struct, frozen=True):
     key: str
     attempt_id: str
     merged: bytes
+    layout: bytes
     tables: list[tuple[list[int], bytes]]
     gather: bool
 
@@ -324,11 +325,13 @@ def _open(
     coordinator.merged, coordinator.layout = merged, layout
     sharing = store.shared_files
     gather = comm.world_size > 1 and (sharing == "never" or (sharing == "one_host" and not structure.one_host))
-    return _Opened(coordinator.attempt.key, coordinator.attempt.attempt_id, merged.digest, tables, gather)
+    attempt = coordinator.attempt
+    return _Opened(attempt.key, attempt.attempt_id, merged.digest, layout.digest, tables, gather)
 
 
 def _naming(own: Collected, merged: MergedTable) -> dict[str, PartNaming]:
-    return {part: naming for part, naming in own.naming.items() if any(entry.part == part for entry in merged.entries)}
+    filled = {entry.part for entry in merged.entries}
+    return {part: naming for part, naming in own.naming.items() if naming.single or part in filled}
 
 
 def _merge_documents(sent: Sequence[_Documents]) -> dict[str, bytes]:
@@ -355,6 +358,11 @@ def _write(
 ) -> _Written:
     merged = settle(cache, structure, own.table, opened.tables, opened.merged, comm.world_size)
     layout = plan_files(merged, _naming(own, merged), request.max_file_bytes)
+    if layout.digest != opened.layout:
+        raise UsageError(
+            f"rank {comm.rank} lays out the files of {request.name} differently than the coordinator: give all ranks "
+            "the same largest file size, variant and adapters"
+        )
     if opened.gather:
         partials = write_gathered(
             store, opened.key, merged, layout, own.held, comm.rank, comm.world_size, open_exchange(), comm.progress
@@ -371,7 +379,7 @@ def _write(
 
 def _commit(comm: Comm, request: SaveRequest, ballots: Sequence[_Written], coordinator: _Coordinator) -> _Committed:
     attempt, merged, layout = coordinator.attempt, coordinator.merged, coordinator.layout
-    assert attempt is not None and merged is not None and layout is not None  # noqa: S101, PT018 - opened in the last round
+    assert attempt is not None and merged is not None and layout is not None  # noqa: S101, PT018 - opened before
     strangers = [rank for rank, ballot in enumerate(ballots) if ballot.attempt_id != attempt.attempt_id]
     if strangers:
         text = f"ranks {strangers} voted on another attempt than {attempt.attempt_id}"
@@ -399,21 +407,30 @@ def _commit(comm: Comm, request: SaveRequest, ballots: Sequence[_Written], coord
         files=files,
         tensors=tensors,
     )
+    if request.as_file:
+        commit_or_unknown(attempt, lambda: publish_file(attempt, layout.files[0].path))
+    else:
+        commit_or_unknown(attempt, lambda: publish(attempt, documents, manifest))
+    total = sum(entry.size_bytes for entry in files)
+    return _Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, len(tensors), attempt.notes)
+
+
+def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:
+    """Commit, and turn an interruption in the middle of it into an error that says what is not known.
+
+    Raises:
+        CommitUnknownError: the rename may have happened; peers must not hear "failed".
+        CheckpointError: what `work` raised.
+    """
     try:
-        if request.as_file:
-            publish_file(attempt, layout.files[0].path)
-        else:
-            publish(attempt, documents, manifest)
+        work()
     except Exception:
         raise
     except BaseException as error:
-        # An interruption in the middle of a commit: the rename may have happened. Peers must not hear "failed".
         text = (
             f"the commit of {attempt.name} was interrupted ({error!r}): look whether it has the id {attempt.attempt_id}"
         )
         raise CommitUnknownError(text, attempt_id=attempt.attempt_id) from error
-    total = sum(entry.size_bytes for entry in files)
-    return _Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, len(tensors), attempt.notes)
 
 
 def _whole_crcs(merged: MergedTable, ballots: Sequence[_Written]) -> list[int]:

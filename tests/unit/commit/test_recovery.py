@@ -168,11 +168,23 @@ def test_what_lands_in_a_fenced_directory_during_the_sweep_is_not_lost(store: Lo
     tiny.open_attempt(store, owner, "b")
     owner.release()
 
-    def late() -> None:
-        store.rename("a", f".shardpoint/fenced-000001/displaced-{old.attempt_id}-{OTHER}")
+    class Late(LocalStore):
+        landed = False
 
-    fault = Fault("remove_directory", path="*fenced-*", action="call", then=late)
-    acquire_root(FaultyStore(store, [fault])).release()
+        def land(self, key: str) -> None:
+            if key == ".shardpoint/fenced-000001" and not self.landed:
+                self.landed = True
+                store.rename("a", f"{key}/displaced-{old.attempt_id}-{OTHER}")
+
+        def remove_directory(self, key: str) -> None:
+            self.land(key)
+            super().remove_directory(key)
+
+        def remove_tree(self, key: str, *, first: str | None = None) -> None:
+            self.land(key)
+            super().remove_tree(key, first=first)
+
+    acquire_root(Late(store.location)).release()
     assert fills(store) == {"a": 1}
     recover(store)
     assert store.exists("a")
@@ -192,3 +204,27 @@ def test_foreign_things_below_the_control_directory_are_left(store: LocalStore) 
         store.make_directory(f".shardpoint/{name}")
     recover(store)
     assert len([entry for entry in store.entries(".shardpoint") if entry.name != "inc-000002"]) == 4
+
+
+def test_an_incarnation_that_never_came_to_life_is_swept(store: LocalStore) -> None:
+    acquire_root(store).release()
+    fresh, living = (f".shardpoint/new-{digit * 32}" for digit in "ab")
+    for key in (fresh, living):
+        store.make_directory(key)
+    lock = store.lock(f"{living}/lock")  # its maker is about to finish it
+    assert lock is not None
+    recover(store)
+    assert not store.exists(fresh)
+    assert store.exists(living)
+    lock.release()
+    recover(store)
+    assert not store.exists(living)
+
+
+def test_an_incarnation_that_comes_to_life_while_it_is_swept_is_no_error(store: LocalStore) -> None:
+    acquire_root(store).release()
+    fresh = f".shardpoint/new-{'a' * 32}"
+    store.make_directory(fresh)
+    fault = Fault("lock", path=f"{fresh}/lock", action="call", then=lambda: store.rename(fresh, ".shardpoint/moved"))
+    acquire_root(FaultyStore(store, [fault])).release()
+    assert store.exists(".shardpoint/moved")

@@ -8,7 +8,7 @@ import pytest
 
 from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, find_committed, read_manifest
 from shardpoint.errors import ChecksumError, NotFoundError, StorageError, TruncatedError
-from shardpoint.storage import LocalStore
+from shardpoint.storage import DirectoryEntry, LocalStore
 from tests.crash import tiny
 
 
@@ -85,3 +85,32 @@ def test_lost_and_found_does_not_stop_a_run(store: LocalStore, monkeypatch: pyte
     with pytest.raises(StorageError):
         committed_checkpoints(store)
     owner.release()
+
+
+@pytest.mark.parametrize("absent_at", [0, 1])
+def test_a_replacement_that_begins_and_ends_between_two_looks_is_not_missed(
+    store: LocalStore, owner: RootOwner, absent_at: int
+) -> None:
+    tiny.save(store, owner, "a", 1)
+    aside = f"{owner.key}/displaced-{'1' * 32}-{'2' * 32}"
+
+    class Replacing(LocalStore):
+        looks = 0
+
+        def entries(self, key: str) -> list[DirectoryEntry]:
+            self.looks += key == ""
+            if key == "" and self.looks - 1 == absent_at:
+                store.rename("a", aside)
+                found = super().entries(key)
+                store.rename(aside, "a")
+                return found
+            return super().entries(key)
+
+        def read_bytes(self, key: str) -> bytes:
+            if key == "a/shardpoint.json" and self.looks == 0:
+                self.looks = 1
+                raise NotFoundError("between the two renames")
+            return super().read_bytes(key)
+
+    assert [item.name for item in committed_checkpoints(Replacing(store.location))] == ["a"]
+    assert find_committed(Replacing(store.location), "a") is not None

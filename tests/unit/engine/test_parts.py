@@ -275,3 +275,12 @@ def test_adapters_stand_beside_a_plain_model(modules_to_save: list[str] | None, 
     alone = PeftModel.from_pretrained(opened(directory / "modeling"), str(tmp_path / "alone"))
     assert same_bits({k: v for k, v in weights(alone).items() if k in trained}, trained)
     assert base_model(model) is model.get_base_model()
+
+
+def test_an_optimizer_without_state_fits_into_a_file(tmp_path: Path) -> None:
+    booster, model = Booster(), net(0)
+    model, optimizer, *_ = booster.boost(model, torch.optim.SGD(model.parameters(), lr=0.05))
+    booster.save_optimizer(optimizer, tmp_path / "sgd.safetensors")
+    optimizer.param_groups[0]["lr"] = 1.0
+    booster.load_optimizer(optimizer, tmp_path / "sgd.safetensors")
+    assert optimizer.param_groups[0]["lr"] == 0.05

@@ -40,7 +40,7 @@ def test_states_of_one_tensor_are_joined() -> None:
 @pytest.mark.parametrize(
     "other,message",
     [
-        (document((["a"], 0.1), (["b"], 0.1)), "2 groups"),
+        (document((["a"], 0.1), (["b"], 0.1)), "1 groups against AdamW with 2"),
         (document((["a"], 0.5)), "different options"),
         (document((["a"], 0.1), a=2), "'step' of a differs"),
         (document((["a"], 0.1), a=1.0), "'step' of a differs"),
