@@ -231,7 +231,7 @@ def load_checkpoint(
         PeerError: a rank failed otherwise.
 
     Collective:
-        All ranks.
+        All ranks; but any one alone where model, optimizer and scheduler are all None.
 
     Source:
         `coati.utils.ckpt_io.load_checkpoint`.
@@ -251,17 +251,12 @@ def load_checkpoint(
         return open_committed(LocalStore(path.parent), path.name)
 
     if all(live is None for live in wanted.values()):
-        run = _counters(find, comm)
+        run = stored_run(find())  # what one process may ask alone, as ColossalChat's producers do
     elif booster is None or isinstance(booster, Booster):
         run = _load_native(find, booster, model, optimizer, lr_scheduler, comm)
     else:
         run = _load_foreign(find, booster, wanted, comm)
     return run.epoch, run.step, run.sample_start_index
-
-
-def _counters(find: Callable[[], Source], comm: Comm) -> RunState:
-    """Read where a run was; every rank gets the coordinator's."""
-    return agree(comm, "load: counters", lambda: stored_run(find()), RunState, lambda ballots: ballots[0], RunState)
 
 
 def _load_native(
