@@ -3,7 +3,7 @@
 Names are safetensors' (`"F32"`, `"BF16"`, `"F8_E4M3"`, ...). Two *logical* dtypes have no safetensors name and are
 stored as pairs of reals with a last dim of 2: `"C128"` as F64 and `"C32"` as F16; the manifest keeps the logical name.
 
-Source: safetensors 0.8 `Dtype`; DESIGN section 3.
+Source: safetensors 0.8 `Dtype`; docs/spec/FORMAT.md, "Tensor files".
 """
 
 from __future__ import annotations

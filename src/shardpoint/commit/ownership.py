@@ -6,7 +6,7 @@ predecessor that was already under way finds nothing. It may do so at once when 
 free. On another machine the lock may not tell, so there the owner renews a counter, which a contender watches with
 its own clock.
 
-Source: DESIGN section 4, "Who owns a root"; docs/spec/FORMAT.md, "Ownership".
+Source: docs/spec/FORMAT.md, "Ownership"; docs/adr/0003.
 """
 
 from __future__ import annotations
