@@ -44,14 +44,14 @@ def document(name: str) -> Any:
 def test_it_verifies() -> None:
     report = verify(*open_path(GOLDEN))
     assert report.problems == ()
-    assert (report.num_files, report.num_tensors, report.num_bytes) == (8, 8, 24_178)
+    assert (report.num_files, report.num_tensors, report.num_bytes) == (8, 8, 24_244)
 
 
 def test_the_manifest() -> None:
     data = (GOLDEN / "shardpoint.json").read_bytes()
     manifest = decode_manifest(data)
     assert (manifest.format, manifest.version) == ("shardpoint", (1, 0))
-    assert manifest.checkpoint_id == "0803887ab09c4654814c1c15ecfccc1c"
+    assert manifest.checkpoint_id == "58ce28559b5945aab78cad299792ea6d"
     assert (manifest.epoch, manifest.step, manifest.sample_start_index) == (1, 4, 32)
     assert (manifest.commit_sequence, manifest.name, manifest.replaces) == (1, "epoch-1_step-4", None)
     assert (manifest.world_size, manifest.roles) == (1, [""])
@@ -77,17 +77,20 @@ def test_the_raw_library_reads_the_tensors(name: str) -> None:
 
 def test_the_documents() -> None:
     assert document("lr_scheduler.json") == {
-        "milestones": Counter({2: 1, 5: 2}),
-        "gamma": 0.5,
-        "base_lrs": [0.25],
-        "last_epoch": 1,
-        "_step_count": 2,
-        "_is_initial": False,
-        "_get_lr_called_within_step": False,
-        "_last_lr": [0.25],
-        "best": math.inf,
+        "class": "MultiStepLR",
+        "state": {
+            "milestones": Counter({2: 1, 5: 2}),
+            "gamma": 0.5,
+            "base_lrs": [0.25],
+            "last_epoch": 1,
+            "_step_count": 2,
+            "_is_initial": False,
+            "_get_lr_called_within_step": False,
+            "_last_lr": [0.25],
+            "best": math.inf,
+        },
     }
-    assert type(document("lr_scheduler.json")["milestones"]) is Counter
+    assert type(document("lr_scheduler.json")["state"]["milestones"]) is Counter
     groups = document("optimizer/param_groups.json")
     assert groups["class"] == "AdamW"
     assert [group["params"] for group in groups["groups"]] == [["weight", "low", "scale"]]

@@ -279,6 +279,20 @@ def test_a_mismatch_lists_everything_and_changes_nothing(tmp_path: Path) -> None
     assert not other.optimizer.state
 
 
+def test_another_class_of_scheduler_is_an_error(tmp_path: Path) -> None:
+    state = made(0)
+    assert state.optimizer is not None
+    state.lr_scheduler = torch.optim.lr_scheduler.StepLR(state.optimizer, 3)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        state.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(state.optimizer, 0.5)
+        before = repr(state.lr_scheduler.state_dict())
+        with pytest.raises(MismatchError) as caught:
+            checkpointer.resume(state)
+    assert caught.value.mismatched == ["lr_scheduler.json: the state of StepLR, the target is ExponentialLR"]
+    assert repr(state.lr_scheduler.state_dict()) == before
+
+
 def test_what_only_one_side_has_is_an_error(tmp_path: Path) -> None:
     state = made(0)
     step(state, range(1))

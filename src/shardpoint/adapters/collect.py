@@ -210,7 +210,7 @@ def collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator:
 
 
 def scheduler_document(lr_scheduler: Any, path: str) -> bytes:
-    """Return a scheduler's state as a document.
+    """Return a scheduler's class and state as a document.
 
     Raises:
         UsageError: it has no `state_dict`, or its state cannot come back exactly.
@@ -218,12 +218,25 @@ def scheduler_document(lr_scheduler: Any, path: str) -> bytes:
     if not hasattr(lr_scheduler, "state_dict"):
         text = f"{path}: {type(lr_scheduler).__name__} has no state_dict"
         raise UsageError(text)
-    return encode_document(plain_values(lr_scheduler.state_dict(), path))
+    values = plain_values(lr_scheduler.state_dict(), path)
+    return encode_document({"class": type(lr_scheduler).__name__, "state": values})
 
 
-def load_scheduler_document(lr_scheduler: Any, data: bytes, path: str) -> None:
-    """Put a scheduler's state back."""
-    lr_scheduler.load_state_dict(live_values(decode_document(data, path)))
+def scheduler_state(lr_scheduler: Any, data: bytes, path: str) -> tuple[Any, str | None]:
+    """Return the state in a scheduler's document, and what is wrong with it for this scheduler, if anything.
+
+    A scheduler takes over whatever its `load_state_dict` is given, so another class's state would be half used in
+    silence.
+
+    Raises:
+        ManifestError: the document is not a scheduler's.
+    """
+    document = decode_document(data, path)
+    if not isinstance(document, dict) or set(document) != {"class", "state"}:
+        raise ManifestError(f"{path} is not the document of a scheduler", key=path)
+    stored, live = document["class"], type(lr_scheduler).__name__
+    problem = f"{path}: the state of {stored}, the target is {live}" if stored != live else None
+    return live_values(document["state"]), problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from shardpoint.adapters.collect import (
     GROUPS_NAME,
     Collected,
     join,
-    load_scheduler_document,
     match_extra_states,
     scheduler_document,
+    scheduler_state,
 )
 from shardpoint.adapters.names import name_tensors
 from shardpoint.comm import Comm
@@ -210,6 +210,7 @@ def load_lr_scheduler(lr_scheduler: Any, path: StrPath, *, comm: Comm) -> None:
     Raises:
         NotFoundError: the file is not there.
         ManifestError: it is not such a file.
+        MismatchError: it is of a scheduler of another class.
 
     Collective:
         All ranks: one round.
@@ -217,7 +218,10 @@ def load_lr_scheduler(lr_scheduler: Any, path: StrPath, *, comm: Comm) -> None:
     store, name = _split(path)
 
     def read() -> bool:
-        load_scheduler_document(lr_scheduler, store.read_bytes(name), name)
+        values, problem = scheduler_state(lr_scheduler, store.read_bytes(name), name)
+        if problem is not None:
+            raise MismatchError(f"{problem}; nothing was changed", mismatched=[problem])
+        lr_scheduler.load_state_dict(values)
         return True
 
     agree(comm, "load lr_scheduler", read, bool, lambda _: True, bool)

@@ -14,9 +14,9 @@ from shardpoint.adapters.collect import (
     Collected,
     collect_roles,
     join,
-    load_scheduler_document,
     match_extra_states,
     rank_document,
+    scheduler_state,
 )
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.rng import derive_rng, read_rng, write_rng
@@ -262,8 +262,11 @@ def _add_scheduler(
     data = source.document(path)
     if data is None:
         collected.missing.append(path)
-    else:
-        installs.append(lambda: load_scheduler_document(state.lr_scheduler, data, path))
+        return
+    values, problem = scheduler_state(state.lr_scheduler, data, path)
+    if problem is not None:
+        collected.problems.append(problem)
+    installs.append(lambda: state.lr_scheduler.load_state_dict(values))
 
 
 def _add_sampler(

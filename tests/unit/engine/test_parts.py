@@ -108,6 +108,11 @@ def test_lr_schedulers(tmp_path: Path) -> None:
     booster.load_lr_scheduler(other, tmp_path / "lr_scheduler")
     assert other.state_dict() == scheduler.state_dict()
     assert type(other.milestones) is type(scheduler.milestones)
+    another = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 9)
+    before = another.state_dict()
+    with pytest.raises(MismatchError, match="the state of MultiStepLR, the target is StepLR"):
+        booster.load_lr_scheduler(another, tmp_path / "lr_scheduler")
+    assert another.state_dict() == before
     (tmp_path / "lr_scheduler").write_bytes(b"[")
     with pytest.raises(ManifestError):
         booster.load_lr_scheduler(other, tmp_path / "lr_scheduler")
