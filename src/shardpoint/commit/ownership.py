@@ -21,7 +21,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from shardpoint.commit.recovery import FENCED, FENCED_SUFFIX, recover, sweep
+from shardpoint.commit.recovery import FENCED, FENCED_SUFFIX, discard_fresh, recover, sweep
 from shardpoint.commit.visible import CONTROL_DIRECTORY, committed_checkpoints
 from shardpoint.errors import AlreadyExistsError, FencedError, NotFoundError, RootBusyError, StorageError
 from shardpoint.events import Listener, log_event
@@ -212,7 +212,7 @@ def _succeed(store: Store, watch_s: float) -> tuple[int, Lock] | None:
         with suppress(NotFoundError):
             key = f"{CONTROL_DIRECTORY}/new-{uuid.uuid4().hex}"
             store.rename(f"{CONTROL_DIRECTORY}/inc-{number:06d}", key)
-            store.remove_tree(key)
+            discard_fresh(store, key)
     finally:
         lock.release()
     return None
@@ -340,8 +340,7 @@ def _new_incarnation(store: Store, number: int) -> Lock | None:
         store.rename(fresh, f"{CONTROL_DIRECTORY}/inc-{number:06d}")
         store.sync_directory(CONTROL_DIRECTORY, SyncPoint.OWNERSHIP)
     except (AlreadyExistsError, NotFoundError):
-        with suppress(NotFoundError):
-            store.remove_tree(fresh)
+        discard_fresh(store, fresh)
         if lock is not None:
             lock.release()
         return None

@@ -8,6 +8,7 @@ Source: docs/spec/FORMAT.md, "Crash table".
 
 from __future__ import annotations
 
+import errno
 import re
 from contextlib import suppress
 
@@ -19,7 +20,7 @@ from shardpoint.commit.visible import (
     displaced_by_name,
     read_manifest,
 )
-from shardpoint.errors import AlreadyExistsError, CorruptionError, NotFoundError, UnsupportedFormatError
+from shardpoint.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError, UnsupportedFormatError
 from shardpoint.events import Event, Listener
 from shardpoint.manifest import MANIFEST_NAME, Manifest
 from shardpoint.storage import Store, SyncPoint
@@ -115,9 +116,24 @@ def _sweep_fresh(store: Store, key: str) -> None:
     lock = store.lock(f"{key}/lock")
     if lock is not None:
         try:
-            store.remove_tree(key)
+            discard_fresh(store, key)
         finally:
             lock.release()
+
+
+def discard_fresh(store: Store, key: str) -> None:
+    """Delete an incarnation that is not to come to life.
+
+    Race: its maker and a sweeper may delete it at once. When the maker has deleted the lock, the sweeper makes it
+    again, and one of them finds the directory gone, or not empty: the other finishes, or else the next sweep.
+    """
+    try:
+        store.remove_tree(key)
+    except NotFoundError:
+        return
+    except StorageError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
 
 
 def _sweep_fenced(store: Store, key: str, owner_key: str, listener: Listener) -> None:

@@ -315,7 +315,7 @@ def test_of_several_contenders_exactly_one_wins(store: LocalStore, start_run: Ca
         answers = [run.answer() for run in runs]
         winners = [run for run, answer in zip(runs, answers, strict=True) if answer == "done"]
         assert len(winners) == 1, answers
-        assert all(answer == "done" or answer[0] == "RootBusyError" for answer in answers)
+        assert all(answer == "done" or answer[0] == "RootBusyError" for answer in answers), answers
         assert [name[:4] for name in control(store)] == ["inc-"]
         assert winners[0].ask("save", f"round-{round_number}", round_number) == "done"
         if round_number % 5 == 4:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shardpoint.commit import acquire_root, committed_checkpoints
+from shardpoint.commit.recovery import discard_fresh
 from shardpoint.errors import StorageError
 from shardpoint.events import Event
-from shardpoint.storage import LocalStore
+from shardpoint.storage import LocalStore, SyncPoint
 from shardpoint.testing import Fault, FaultyStore
 from tests.crash import tiny
 
@@ -228,3 +231,30 @@ def test_an_incarnation_that_comes_to_life_while_it_is_swept_is_no_error(store: 
     fault = Fault("lock", path=f"{fresh}/lock", action="call", then=lambda: store.rename(fresh, ".shardpoint/moved"))
     acquire_root(FaultyStore(store, [fault])).release()
     assert store.exists(".shardpoint/moved")
+
+
+def test_a_maker_and_a_sweeper_may_delete_one_incarnation_at_once(store: LocalStore) -> None:
+    store.make_root()
+    store.make_directory(".shardpoint")
+    store.make_directory(".shardpoint/new-0")
+    store.write_document(".shardpoint/new-0/lock", b"", SyncPoint.DOCUMENT)
+
+    class Raced(FaultyStore):
+        """Between the deletion of the files and that of the directory the other one makes the lock again."""
+
+        def remove_tree(self, key: str, *, first: str | None = None) -> None:
+            rmdir = os.rmdir
+
+            def late(path: Any, *, dir_fd: int | None = None) -> None:
+                store.write_document(f"{key}/lock", b"", SyncPoint.DOCUMENT)
+                rmdir(path, dir_fd=dir_fd)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "rmdir", late)
+                super().remove_tree(key, first=first)
+
+    discard_fresh(Raced(store), ".shardpoint/new-0")
+    assert store.exists(".shardpoint/new-0/lock"), "the race was not run"
+    discard_fresh(store, ".shardpoint/new-0")
+    assert not store.exists(".shardpoint/new-0")
+    discard_fresh(store, ".shardpoint/new-0")
