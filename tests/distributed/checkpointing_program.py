@@ -358,6 +358,33 @@ def check_plain_state_beside_sharded_parameters(out: Path) -> None:
         assert tensor.numel() == 0 or tensor.unique().tolist() == [10.0 + RANK]
 
 
+def check_zero_dim_parameters_on_a_mesh(out: Path) -> None:
+    def scaled() -> TrainState:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+        model = nn.Module()
+        model.scale = nn.Parameter(distribute_tensor(torch.tensor(0.5), mesh, [Replicate()]))
+        model.weight = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+        return TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=0.1))
+
+    def once(state: TrainState) -> list[float]:
+        assert state.optimizer is not None
+        model: Any = state.model
+        (model.scale * model.weight.sum()).full_tensor().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        return [model.scale.full_tensor().item(), model.weight.full_tensor().sum().item()]
+
+    state, other = scaled(), scaled()
+    with Checkpointer(out / "scale") as checkpointer:
+        once(state)
+        checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        expected = [once(state) for _ in range(3)]
+        checkpointer.resume(other)
+    assert other.optimizer is not None
+    assert isinstance(other.optimizer.state[other.model.get_parameter("scale")]["exp_avg"], DTensor)
+    assert [once(other) for _ in range(3)] == expected
+
+
 def check_a_tensor_on_some_of_the_ranks(out: Path) -> None:
     alone = DeviceMesh("cpu", [1])
 

@@ -293,6 +293,35 @@ def test_another_class_of_scheduler_is_an_error(tmp_path: Path) -> None:
     assert repr(state.lr_scheduler.state_dict()) == before
 
 
+def test_schedulers_inside_a_scheduler_are_matched_too(tmp_path: Path) -> None:
+    state = made(0)
+    optimizer = state.optimizer
+    assert optimizer is not None
+    kinds = torch.optim.lr_scheduler
+    state.lr_scheduler = kinds.ChainedScheduler([kinds.StepLR(optimizer, 3), kinds.ExponentialLR(optimizer, 0.5)])
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        for others in ([kinds.StepLR(optimizer, 3)], [kinds.StepLR(optimizer, 3), kinds.ConstantLR(optimizer)]):
+            state.lr_scheduler = kinds.ChainedScheduler(others)
+            before = repr(state.lr_scheduler.state_dict())
+            with pytest.raises(MismatchError, match=r"the state of ChainedScheduler\(StepLR, ExponentialLR\)"):
+                checkpointer.resume(state)
+            assert repr(state.lr_scheduler.state_dict()) == before
+
+
+def test_a_sampler_over_other_data_changes_nothing(tmp_path: Path) -> None:
+    state = made(0)
+    state.sampler = StatefulDistributedSampler(range(10))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        other = made(1)
+        other.sampler = StatefulDistributedSampler(range(11))
+        before = {name: bits(tensor) for name, tensor in weights(other.model).items()}
+        with pytest.raises(MismatchError, match="num_samples=10"):
+            checkpointer.resume(other)
+    assert {name: bits(tensor) for name, tensor in weights(other.model).items()} == before
+
+
 def test_what_only_one_side_has_is_an_error(tmp_path: Path) -> None:
     state = made(0)
     step(state, range(1))

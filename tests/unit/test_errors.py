@@ -92,3 +92,13 @@ def test_error_classes_holds_the_base_and_every_leaf() -> None:
     assert found["CheckpointError"] is CheckpointError
     assert found["CollectiveTimeout"] is CollectiveTimeout
     assert all(issubclass(cls, CheckpointError) for cls in found.values())
+
+
+def test_an_error_that_cannot_be_shown_is_still_a_failure() -> None:
+    class UnshowableError(RuntimeError):
+        def __str__(self) -> str:
+            raise ValueError
+
+    failure = Failure.of(UnshowableError())
+    assert failure.type == "UnshowableError"
+    assert "cannot be shown" in failure.message

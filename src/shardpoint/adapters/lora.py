@@ -86,7 +86,8 @@ def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
     def walk(module: nn.Module, prefix: str) -> None:
         module, _ = unwrapped(module)
         if tuner is not None and isinstance(module, tuner):
-            layers[prefix] = frozenset(getattr(module, "adapter_layer_names", ()))
+            held = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+            layers[prefix] = frozenset(held)
         elif wrapper is not None and isinstance(module, wrapper):
             layers[prefix] = frozenset({"modules_to_save"})
         for name, child in module.named_children():
@@ -115,7 +116,7 @@ def _place(fqn: str, layers: dict[str, frozenset[str]]) -> Place:
     if adapter is not None:
         return Place(adapter, key)
     for prefix in sorted(layers, key=len, reverse=True):
-        for wrapper in ("base_layer.", "original_module."):
+        for wrapper in ("base_layer.", "original_module.", "token_adapter."):
             if prefix and key.startswith(prefix + wrapper):
                 key = prefix + key[len(prefix) + len(wrapper) :]
     return Place(None, key.removeprefix(_PREFIX))

@@ -123,7 +123,8 @@ def read_optimizer(optimizer: Optimizer, named: NamedModule, part: str) -> tuple
         for name, parameter in members:
             for state, value in optimizer.state.get(parameter, {}).items():
                 label = f"{part}: state {state!r} of {name}"
-                if isinstance(value, torch.Tensor) and value.dim() > 0:
+                # Only a tensor in a file gets its mesh back, so a 0-dim DTensor (of a 0-dim parameter) goes there too.
+                if isinstance(value, DTensor) or (isinstance(value, torch.Tensor) and value.dim() > 0):
                     tensors.append(StateTensor(name, state, _spread_like(value, parameter, label), meshes[name]))
                 else:
                     scalars.setdefault(name, {})[state] = _scalar(value, label)
@@ -206,7 +207,7 @@ class OptimizerTarget:
             on_device = bool(group.get("capturable") or group.get("fused"))
             for name, parameter in members:
                 state = {
-                    key: _scalar_state(value, parameter, on_device=on_device)
+                    key: _scalar_state(value, parameter, on_device=on_device or key != "step")
                     for key, value in scalars.get(name, {}).items()
                 } | filled.get(name, {})
                 if state:
@@ -221,6 +222,10 @@ def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _scalar_state(value: Any, parameter: torch.Tensor, *, on_device: bool) -> Any:
+    """Return a stored scalar state where torch's own `load_state_dict` would put it.
+
+    `step` stays on the host unless the optimizer is fused or capturable; what else is 0-dim is beside the parameter.
+    """
     if isinstance(value, RawTensor):
         tensor = from_raw(value)
         return tensor.to(parameter.device) if on_device else tensor

@@ -121,6 +121,12 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         text = f"{place} is {tensor.layout} on {tensor.device}: only dense, materialised tensors can be saved or loaded"
         raise UsageError(text)
+    local = local_tensor(tensor)
+    if any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)):
+        text = (
+            f"{place} is an expanded tensor: many of its elements are one place in memory, so it cannot be loaded into"
+        )
+        raise UsageError(f"{text}; make it contiguous, or its buffer non-persistent")
     name, shape = dtype_name(tensor.dtype, place), tuple(tensor.shape)
     mesh = mesh_of(tensor)
     if mesh is None or not isinstance(tensor, DTensor):

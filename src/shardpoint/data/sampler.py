@@ -144,8 +144,20 @@ class StatefulDistributedSampler(Sampler[int]):
         """Take over a position, its seed included, that any rank of a job of any size returned.
 
         Raises:
+            UsageError: as `check_state_dict` does. The sampler is then unchanged.
+        """
+        self.check_state_dict(state_dict)
+        self.seed = state_dict["seed"]
+        self.epoch = state_dict["epoch"]
+        self.start_index = state_dict["start_index"]
+        self._iterated = False
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse what `load_state_dict` would refuse, without loading it: a resume asks before it changes anything.
+
+        Raises:
             UsageError: fields are missing, unknown or out of range, or the state is of a data set of another length
-                or of the other `shuffle`: the position would mean other samples. The sampler is then unchanged.
+                or of the other `shuffle`: the position would mean other samples.
         """
         if set(state_dict) != _STATE_FIELDS:
             raise UsageError(
@@ -160,10 +172,6 @@ class StatefulDistributedSampler(Sampler[int]):
         _check_count("seed", state_dict["seed"], low=0)
         _check_count("epoch", state_dict["epoch"], low=0)
         _check_count("start_index", state_dict["start_index"], low=0, high=self.num_samples)
-        self.seed = state_dict["seed"]
-        self.epoch = state_dict["epoch"]
-        self.start_index = state_dict["start_index"]
-        self._iterated = False
 
     def _num_left(self) -> int:
         """Count the samples from the start index to the end, over all ranks, that will be yielded."""

@@ -289,6 +289,9 @@ def _add_sampler(
         return
     path = rank_document(directory, comm.rank)
     data = source.document(path)
+    if data is None and source.manifest.world_size == comm.world_size:
+        collected.missing.append(f"{path} (rank {comm.rank} had no sampler)")
+        return
     if data is None or source.manifest.world_size != comm.world_size:
         # Another number of ranks: only a state that does not depend on the rank can go on.
         contents = {source.document(other) for other in stored}
@@ -303,6 +306,11 @@ def _add_sampler(
         data = contents.pop()
     assert data is not None  # noqa: S101 - listed files have contents
     values = live_values(decode_document(data, path))
+    if hasattr(state.sampler, "check_state_dict"):
+        try:
+            state.sampler.check_state_dict(values)
+        except UsageError as error:
+            collected.problems.append(f"{directory}: {error}")
     installs.append(lambda: state.sampler.load_state_dict(values))
 
 

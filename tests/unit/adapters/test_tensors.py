@@ -73,8 +73,9 @@ def test_every_kind_round_trips(tmp_path: Path) -> None:
         torch.eye(3).to_sparse(),
         torch.empty(3, device="meta"),
         torch.ones(3).to(torch.float8_e8m0fnu).view(torch.uint8).view(torch.float4_e2m1fn_x2),
+        torch.ones(1).expand(5),
     ],
-    ids=["sparse", "meta", "fp4"],
+    ids=["sparse", "meta", "fp4", "expanded"],
 )
 def test_what_cannot_be_saved_is_named(tensor: torch.Tensor, tmp_path: Path) -> None:
     model = holder(fine=torch.ones(2), strange=tensor)

@@ -289,3 +289,14 @@ def test_an_optimizer_without_state_fits_into_a_file(tmp_path: Path) -> None:
     optimizer.param_groups[0]["lr"] = 1.0
     booster.load_optimizer(optimizer, tmp_path / "sgd.safetensors")
     assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_trainable_tokens_leave_the_plain_model_its_names(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[1, 3])
+    model = get_peft_model(llama(0, tied=False), config)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(TrainState(model=model), epoch=0, step=1, batch_size=1)
+    plain = opened(tmp_path / "epoch-0_step-1" / "modeling")
+    assert same_bits(weights(plain), weights(llama(0, tied=False)))
