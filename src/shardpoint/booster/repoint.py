@@ -94,14 +94,6 @@ def check_unused(model: nn.Module) -> None:
             raise UsageError(f"{name} has hooks, which sharding would drop: register them after boost()")
 
 
-def tied_names(model: nn.Module) -> list[list[str]]:
-    """Return the sets of names that share one parameter, of two names or more."""
-    by_parameter: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_parameter.setdefault(id(parameter), []).append(name)
-    return [names for names in by_parameter.values() if len(names) > 1]
-
-
 def repoint(model: nn.Module, optimizer: Optimizer, names: GroupNames) -> None:
     """Give the optimizer the model's present parameters under the same names, and take its state along.
 
