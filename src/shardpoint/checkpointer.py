@@ -13,6 +13,7 @@ from shardpoint.adapters.state import RunState, TrainState, as_roles
 from shardpoint.catalog import training_checkpoints
 from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, prune
 from shardpoint.engine import (
+    BUDGET_BYTES,
     LoadResult,
     SaveResult,
     Source,
@@ -31,7 +32,7 @@ from shardpoint.engine.ballots import agree
 from shardpoint.errors import CorruptionError, NotFoundError, UsageError
 from shardpoint.events import Event, Listener, log_event
 from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep, save_is_due
-from shardpoint.storage import LocalStore, Store
+from shardpoint.storage import BufferPool, LocalStore, Store
 
 
 class PendingSave:
@@ -107,6 +108,7 @@ class Checkpointer:
         self._listener = listener
         self._comm = open_comm()
         self._cache = StructureCache()
+        self._pool = BufferPool(BUDGET_BYTES)
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._closed = False
@@ -185,7 +187,9 @@ class Checkpointer:
             self._previous_step = step
             if not due:
                 return None
-        outcome = save(self._store, self._comm, request, self._cache, owner=self._owner, listener=self._listener)
+        outcome = save(
+            self._store, self._comm, request, self._cache, pool=self._pool, owner=self._owner, listener=self._listener
+        )
         if self._keep_policies:
             agree(self._comm, "prune", lambda: True, bool, lambda _: self._prune(), bool)
         return PendingSave(outcome)

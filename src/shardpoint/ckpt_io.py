@@ -22,6 +22,7 @@ from shardpoint.booster import Booster
 from shardpoint.comm import Comm
 from shardpoint.commit import CONTROL_DIRECTORY, RootOwner, acquire_root
 from shardpoint.engine import (
+    BUDGET_BYTES,
     Source,
     StructureCache,
     Target,
@@ -41,11 +42,12 @@ from shardpoint.engine import (
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import ManifestError, NotFoundError, UnsupportedFormatError, UsageError
 from shardpoint.events import log_event
-from shardpoint.storage import LocalStore, Store, replace_document
+from shardpoint.storage import BufferPool, LocalStore, Store, replace_document
 
 StrPath = str | os.PathLike[str]
 
 _cache = StructureCache()
+_pool = BufferPool(BUDGET_BYTES)
 # The roots that this process saves to stay its own until it ends: two runs on one root would replace each other's
 # steps. By process, since a forked child owns nothing.
 _owned: dict[tuple[int, str], RootOwner] = {}
@@ -189,7 +191,7 @@ def save_checkpoint(
     run, owner = run_state(epoch, step, batch_size), _owned.get((os.getpid(), store.location))
     if isinstance(booster, Booster):
         state = TrainState(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler)
-        save(store, comm, training_request({"": state}, comm, run), _cache, owner=owner)
+        save(store, comm, training_request({"": state}, comm, run), _cache, pool=_pool, owner=owner)
         return
 
     def write(directory: str) -> None:

@@ -190,6 +190,11 @@ def collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator:
     Raises:
         UsageError: something in a state cannot be saved.
     """
+    with torch.no_grad():
+        return _collect_roles(roles, rank, is_coordinator=is_coordinator)
+
+
+def _collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator: bool) -> Collected:
     collected = Collected(rank)
     for role, state in roles.items():
         modeling, adapters = join(role, "modeling"), join(role, "adapter")

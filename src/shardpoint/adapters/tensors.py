@@ -6,12 +6,15 @@ since a wrong offset would pass every checksum. Sizes come from numel, never fro
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -19,6 +22,7 @@ from shardpoint.errors import UsageError
 from shardpoint.geometry import Region
 from shardpoint.layout import Mesh, Placement, owned_region
 from shardpoint.manifest import RawTensor
+from shardpoint.storage import Buffer
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -85,7 +89,7 @@ class TensorLayout:
     region: Region | None
 
 
-def _placement(placement: Any, place: str) -> Placement:
+def _placement(placement: Any) -> Placement:
     if isinstance(placement, Replicate):
         return Placement("replicate")
     # `_StridedShard` is not an instance of Shard: test for it first and by itself.
@@ -93,16 +97,36 @@ def _placement(placement: Any, place: str) -> Placement:
         return Placement("strided_shard", placement.dim, int(placement.split_factor))
     if isinstance(placement, Shard):
         return Placement("shard", placement.dim)
-    text = f"{place} has the placement {placement}: reduce it to Shard or Replicate before saving"
-    raise UsageError(text)
+    raise UsageError(f"has the placement {placement}: reduce it to Shard or Replicate before saving")
+
+
+@lru_cache(maxsize=256)
+def _mesh(device_mesh: DeviceMesh) -> Mesh:
+    ranks = device_mesh.mesh
+    return Mesh(tuple(ranks.shape), tuple(ranks.flatten().tolist()))
 
 
 def mesh_of(tensor: torch.Tensor) -> Mesh | None:
     """Return a DTensor's mesh with global ranks, or None for a plain tensor."""
-    if not isinstance(tensor, DTensor):
-        return None
-    ranks = tensor.device_mesh.mesh
-    return Mesh(tuple(ranks.shape), tuple(ranks.flatten().tolist()))
+    return _mesh(tensor.device_mesh) if isinstance(tensor, DTensor) else None
+
+
+@lru_cache(maxsize=65536)
+def _spread(
+    shape: tuple[int, ...], device_mesh: DeviceMesh, placements: tuple[Any, ...], rank: int
+) -> tuple[Mesh, tuple[Placement, ...], Region | None, tuple[int, ...]]:
+    """Return how a DTensor lies on its mesh, the part that a rank holds, and that part's shape.
+
+    Raises:
+        UsageError: a placement that cannot be stored.
+    """
+    mesh = _mesh(device_mesh)
+    spread = tuple(_placement(placement) for placement in placements)
+    coordinate = mesh.coordinate(rank)
+    if coordinate is None:
+        return mesh, spread, None, ()
+    region = owned_region(shape, mesh.shape, coordinate, spread)
+    return mesh, spread, region, region.lengths
 
 
 def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, rank: int) -> TensorLayout:
@@ -118,30 +142,31 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
         UsageError: sparse, quantized, on meta, with a partial placement, or cut in a way whose shape is not the one
             that the rule gives (then saving it would put bytes in the wrong place).
     """
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        text = f"{place} is {tensor.layout} on {tensor.device}: only dense, materialised tensors can be saved or loaded"
-        raise UsageError(text)
     local = local_tensor(tensor)
-    if any(stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)):
+    if local.layout is not torch.strided or local.is_quantized or local.is_meta:
+        text = f"{place} is {local.layout} on {local.device}: only dense, materialised tensors can be saved or loaded"
+        raise UsageError(text)
+    if not local.is_contiguous() and any(
+        stride == 0 and size > 1 for size, stride in zip(local.shape, local.stride(), strict=True)
+    ):
         text = (
             f"{place} is an expanded tensor: many of its elements are one place in memory, so it cannot be loaded into"
         )
         raise UsageError(f"{text}; make it contiguous, or its buffer non-persistent")
-    name, shape = dtype_name(tensor.dtype, place), tuple(tensor.shape)
-    mesh = mesh_of(tensor)
-    if mesh is None or not isinstance(tensor, DTensor):
+    name = dtype_name(local.dtype, place)
+    if not isinstance(tensor, DTensor):
+        shape = tuple(local.shape)
         placements = (Placement("replicate"),) if replicated_over is not None else ()
         return TensorLayout(name, shape, replicated_over, placements, Region.whole(shape))
-    spread = tuple(_placement(placement, place) for placement in tensor.placements)
-    coordinate = mesh.coordinate(rank)
-    if coordinate is None:
-        return TensorLayout(name, shape, mesh, spread, None)
-    region = owned_region(shape, mesh.shape, coordinate, spread)
-    local_shape = tuple(tensor.to_local().shape)
-    if region.lengths != local_shape:
+    shape = tuple(tensor.shape)
+    try:
+        mesh, spread, region, lengths = _spread(shape, tensor.device_mesh, tensor.placements, rank)
+    except UsageError as error:
+        raise UsageError(f"{place} {error}") from error
+    if region is not None and lengths != local.shape:
         text = (
-            f"{place}: rank {rank} holds {list(local_shape)} of {list(shape)}, but {tensor.placements} on a mesh of "
-            f"{mesh.shape} gives {list(region.lengths)}: this layout cannot be saved safely; please report it"
+            f"{place}: rank {rank} holds {list(local.shape)} of {list(shape)}, but {tensor.placements} on a mesh of "
+            f"{mesh.shape} gives {list(lengths)}: this layout cannot be saved safely; please report it"
         )
         raise UsageError(text)
     return TensorLayout(name, shape, mesh, spread, region)
@@ -149,8 +174,11 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, sharing its memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    if not torch.is_grad_enabled():
+        return tensor.to_local()  # gives the part itself, at a fraction of the cost
+    return tensor.detach().to_local()
 
 
 def _flat_bytes(local: torch.Tensor) -> torch.Tensor:
@@ -176,6 +204,37 @@ class LocalBytes:
         plain = self._local.is_contiguous() and not self._local.is_conj() and not self._local.is_neg()
         self._in_place = plain and self._local.device.type == "cpu"
         self._bytes: torch.Tensor | None = _flat_bytes(self._local) if self._in_place else None
+        self._address: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the live tensor is."""
+        return self._local.device
+
+    def copy_to(self, buffer: Buffer, buffer_offset: int, byte_offset: int, num_bytes: int) -> None:
+        """Copy bytes into staging memory.
+
+        From a GPU the copy is queued on the current stream (and has ended when that stream's next event has).
+
+        Args:
+            buffer: pinned, for a queued copy.
+            buffer_offset: where they go in it, in bytes.
+            byte_offset: where they start in this rank's part.
+            num_bytes: how many.
+        """
+        if self._local.device.type == "cpu":
+            # A native copy that releases the GIL, whatever its size: a trainer may be running.
+            ctypes.memmove(buffer.address + buffer_offset, self._read_address() + byte_offset, num_bytes)
+            return
+        if self._bytes is None:
+            self._bytes = _flat_bytes(self._local.resolve_conj().resolve_neg().contiguous())
+        destination = torch.from_numpy(buffer.array[buffer_offset : buffer_offset + num_bytes])
+        destination.copy_(self._bytes[byte_offset : byte_offset + num_bytes], non_blocking=True)
+
+    def _read_address(self) -> int:
+        if self._address is None:
+            self._address = int(self.read_view().ctypes.data)
+        return self._address
 
     def read_view(self) -> ByteArray:
         """Return the bytes, uint8 `[num_bytes]`, to read from."""
@@ -203,11 +262,18 @@ class LocalBytes:
     def release(self) -> None:
         """Drop a copy that was made for reading."""
         if not self._in_place:
-            self._bytes = None
+            self._bytes = self._address = None
 
 
 def raw_tensor(tensor: torch.Tensor, place: str) -> RawTensor:
     """Return a small tensor as a document's value."""
+    if (
+        tensor.dim() == 0
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+        and type(tensor) is torch.Tensor
+    ):
+        return RawTensor("F32", (), tensor.detach().numpy().tobytes())  # every parameter's `step`: worth a short way
     local = local_tensor(tensor).resolve_conj().resolve_neg().contiguous().cpu()
     return RawTensor(dtype_name(tensor.dtype, place), tuple(local.shape), _flat_bytes(local).numpy().tobytes())
 

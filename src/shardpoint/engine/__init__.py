@@ -2,6 +2,7 @@
 
 from shardpoint.engine.foreign import load_foreign, save_foreign
 from shardpoint.engine.load import Target, load
+from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.parts import (
     load_lr_scheduler,
     load_model,
@@ -14,7 +15,7 @@ from shardpoint.engine.parts import (
     save_optimizer_file,
 )
 from shardpoint.engine.results import LoadResult, SaveResult
-from shardpoint.engine.save import SaveRequest, save
+from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
 from shardpoint.engine.source import Source, open_committed, source_of
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import (
@@ -29,7 +30,9 @@ from shardpoint.engine.training import (
 )
 
 __all__ = [
+    "BUDGET_BYTES",
     "LoadResult",
+    "SaveAttempt",
     "SaveRequest",
     "SaveResult",
     "Source",

@@ -20,8 +20,8 @@ from shardpoint.checksum import crc64, to_hex
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, RootOwner, acquire_root, publish
 from shardpoint.engine.ballots import agree
+from shardpoint.engine.committing import commit_or_unknown
 from shardpoint.engine.results import SaveResult
-from shardpoint.engine.save import commit_or_unknown
 from shardpoint.engine.source import Source
 from shardpoint.errors import (
     ChecksumError,

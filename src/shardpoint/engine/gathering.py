@@ -1,7 +1,7 @@
 """How a save works where writers on different hosts cannot share a file: each file has one writer, and bytes go to it.
 
 Two NFS clients that write into one page overwrite each other's bytes. There, tensor files are assigned to ranks, and
-every rank sends what it owns of a file to the file's writer, one bounded chunk at a time. What is on disk in the end,
+every rank sends what it owns of a file to the file's writer, one staged chunk at a time. What is on disk in the end,
 checksums included, is the same as when every rank writes for itself.
 
 Order: all ranks go through the files in the same order, and a file's writer through the ranks in theirs, so that no two
@@ -11,17 +11,14 @@ are done: nobody is left waiting for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
-from shardpoint.adapters.collect import Held
-from shardpoint.checksum import Partial
-from shardpoint.engine.writing import STAGING_BYTES, OpenFiles, stage_items
+from shardpoint.engine.writing import OpenFiles, PieceSums, StagedChunk
 from shardpoint.errors import DistributedError
-from shardpoint.planning import Layout, MergedTable, WriteItem, owned_items
-from shardpoint.storage import Store
+from shardpoint.planning import Chunk
+from shardpoint.storage import Buffer, BufferPool
 
 
 class ByteExchange(Protocol):
@@ -42,31 +39,29 @@ def writer_of(file: int, world_size: int) -> int:
 
 
 def write_gathered(
-    store: Store,
-    key: str,
-    table: MergedTable,
-    layout: Layout,
-    held: Mapping[tuple[str, str], Held],
-    rank: int,
-    world_size: int,
-    exchange: ByteExchange,
+    files: OpenFiles,
+    staged: Iterable[StagedChunk],
+    sums: PieceSums,
+    pool: BufferPool,
     progress: Callable[[int], None],
-) -> list[tuple[int, Partial]]:
+    *,
+    chunks_of: Sequence[Sequence[Chunk]],
+    num_files: int,
+    rank: int,
+    exchange: ByteExchange,
+) -> None:
     """Bring what this rank owns to the files' writers, and write this rank's files.
 
     Args:
-        store: the root.
-        key: the attempt.
-        table: the merged table.
-        layout: where each tensor lies.
-        held: the live tensors.
-        rank: this rank.
-        world_size: the number of ranks.
-        exchange: the way between ranks.
+        files: the attempt's files.
+        staged: this rank's chunks, in the order of the files.
+        sums: given every piece's checksum.
+        pool: the buffers go back to it.
         progress: told of each chunk's bytes.
-
-    Returns:
-        (entry, its partial checksum) for each tensor of which this rank owns bytes.
+        chunks_of: what each rank writes, by rank.
+        num_files: the number of tensor files.
+        rank: this rank.
+        exchange: the way between ranks.
 
     Raises:
         StorageError: a write, an fsync or a close failed on this rank.
@@ -79,111 +74,122 @@ def write_gathered(
         On return every byte that was written survives power loss, once its file has a durable name.
 
     Memory:
-        Two chunks of 16 MiB.
+        One buffer more than what stages.
     """
-    own = _by_file(owned_items(table, rank), layout)
-    partials: list[tuple[int, Partial]] = []
-    failure: Exception | None = None
-    others: dict[int, dict[int, list[WriteItem]]] = {}
-    with OpenFiles(store, key, layout) as files:
-        for file in range(len(layout.files)):
-            writer = writer_of(file, world_size)
-            if writer != rank:
-                failure = _send(table, layout, own.get(file, []), held, progress, exchange, writer, partials, failure)
-                continue
-            if not others:
-                others = {r: _by_file(owned_items(table, r), layout) for r in range(world_size) if r != rank}
-            for sender in range(world_size):
-                if sender == rank:
-                    failure = _stage(table, layout, own.get(file, []), held, progress, files.write, partials, failure)
-                else:
-                    expected = others[sender].get(file, [])
-                    failure = _receive(table, layout, expected, progress, exchange, sender, files, failure)
-        if failure is not None:
-            raise failure
-        files.sync(progress)
-    return partials
-
-
-def _by_file(items: list[WriteItem], layout: Layout) -> dict[int, list[WriteItem]]:
-    found: dict[int, list[WriteItem]] = {}
-    for item in items:
-        found.setdefault(layout.tensors[item.entry].file, []).append(item)
-    for listed in found.values():
-        listed.sort(key=lambda item: layout.tensors[item.entry].byte_offset)
-    return found
-
-
-def _stage(
-    table: MergedTable,
-    layout: Layout,
-    items: list[WriteItem],
-    held: Mapping[tuple[str, str], Held],
-    progress: Callable[[int], None],
-    put: Callable[[int, memoryview, int], None],
-    partials: list[tuple[int, Partial]],
-    failure: Exception | None,
-) -> Exception | None:
-    """Stage items unless something failed before; return the failure, for the end."""
-    if failure is not None:
-        return failure
+    run = _Gathering(files, sums, pool, progress, exchange, _by_file(staged))
     try:
-        partials += stage_items(table, layout, items, held, progress, put)
-    except Exception as error:  # noqa: BLE001 - raised at the end, when no rank waits for this one any more
-        return error
-    return None
+        for file in range(num_files):
+            writer = writer_of(file, len(chunks_of))
+            if writer != rank:
+                run.send(file, writer, is_due=any(chunk.file == file for chunk in chunks_of[rank]))
+                continue
+            for sender, chunks in enumerate(chunks_of):
+                if sender == rank:
+                    run.write_own(file)
+                else:
+                    run.receive([chunk for chunk in chunks if chunk.file == file], sender)
+    finally:
+        if run.room is not None:
+            run.room.close()
+    if run.failure is not None:
+        raise run.failure
+    files.sync(progress)
 
 
-def _send(
-    table: MergedTable,
-    layout: Layout,
-    items: list[WriteItem],
-    held: Mapping[tuple[str, str], Held],
-    progress: Callable[[int], None],
-    exchange: ByteExchange,
-    writer: int,
-    partials: list[tuple[int, Partial]],
-    failure: Exception | None,
-) -> Exception | None:
-    if not items:
-        return failure
-    before = failure
+def _by_file(staged: Iterable[StagedChunk]) -> Callable[[int], Iterator[StagedChunk]]:
+    """Return what gives the staged chunks of one file, the files being asked for in order."""
+    waiting: list[StagedChunk] = []
+    source = iter(staged)
 
-    def put(_: int, chunk: memoryview, __: int) -> None:
-        exchange.send(chunk, writer)
+    def of_file(file: int) -> Iterator[StagedChunk]:
+        while True:
+            if not waiting:
+                following = next(source, None)
+                if following is None:
+                    return
+                waiting.append(following)
+            if waiting[0].chunk.file != file:
+                return
+            yield waiting.pop()
 
-    failure = _stage(table, layout, items, held, progress, put, partials, failure)
-    if failure is not None and (before is not None or not isinstance(failure, DistributedError)):
-        exchange.send(None, writer)
-    return failure
+    return of_file
 
 
-def _receive(
-    table: MergedTable,
-    layout: Layout,
-    items: list[WriteItem],
-    progress: Callable[[int], None],
-    exchange: ByteExchange,
-    sender: int,
-    files: OpenFiles,
-    failure: Exception | None,
-) -> Exception | None:
-    """Take what a rank owns of a file; after a failure of this rank what comes is taken and dropped."""
-    room = np.empty(STAGING_BYTES, dtype=np.uint8).data if items else memoryview(b"")
-    for item in items:
-        placed = layout.tensors[item.entry]
-        for byte_offset, _, num_bytes in item.runs(table):
-            for done in range(0, num_bytes, STAGING_BYTES):
-                expected = min(STAGING_BYTES, num_bytes - done)
-                received = exchange.receive(room, sender)
-                if received is None:
-                    return failure or DistributedError(f"rank {sender} failed while it sent its part of {placed.file}")
-                if received != expected:
-                    failure = failure or DistributedError(f"rank {sender} sent {received} bytes, {expected} were due")
-                if failure is None:
+@dataclass
+class _Gathering:
+    """One rank's part: after a failure it goes on taking part in the exchange, without data."""
+
+    files: OpenFiles
+    sums: PieceSums
+    pool: BufferPool
+    progress: Callable[[int], None]
+    exchange: ByteExchange
+    of_file: Callable[[int], Iterator[StagedChunk]]
+    failure: Exception | None = None
+    room: Buffer | None = None
+
+    def write_own(self, file: int) -> None:
+        """Write what this rank owns of a file that it writes."""
+        for chunk, data in self._staged(file):
+            self._write(chunk, data)
+
+    def send(self, file: int, writer: int, *, is_due: bool) -> None:
+        """Send what this rank owns of a file to its writer."""
+        if not is_due:
+            return
+        unreachable = False
+        for chunk, data in self._staged(file):
+            for extent in chunk.extents:
+                if self.failure is None:
                     try:
-                        files.write(placed.file, room[:received], placed.byte_offset + byte_offset + done)
-                    except Exception as error:  # noqa: BLE001 - raised at the end, as in `_stage`
-                        failure = error
-                progress(received)
-    return failure
+                        self.exchange.send(data[extent.buffer_offset : extent.buffer_offset + extent.num_bytes], writer)
+                    except DistributedError as error:
+                        self.failure, unreachable = error, True
+            self.progress(chunk.num_bytes)
+        if self.failure is not None and not unreachable:
+            self.exchange.send(None, writer)
+
+    def receive(self, chunks: Sequence[Chunk], sender: int) -> None:
+        """Take what a rank owns of a file and write it; after a failure of this rank what comes is dropped."""
+        if not chunks:
+            return
+        # Order: not from the pool. All of its buffers may hold chunks that this rank sends later.
+        room = self.room = self.room or Buffer(self.pool.buffer_bytes)
+        for chunk in chunks:
+            for extent in chunk.extents:
+                place = slice(extent.buffer_offset, extent.buffer_offset + extent.num_bytes)
+                received = self.exchange.receive(room.array[place].data, sender)
+                if received is None:
+                    self._fail(DistributedError(f"rank {sender} failed while it sent its part of a file"))
+                    return
+                if received != extent.num_bytes:
+                    self._fail(DistributedError(f"rank {sender} sent {received} bytes, {extent.num_bytes} were due"))
+            self._write(chunk, room.array.data)
+            self.progress(chunk.num_bytes)
+
+    def _staged(self, file: int) -> Iterator[tuple[Chunk, memoryview]]:
+        """Yield what this rank staged of a file, with its checksums taken; nothing after staging failed."""
+        try:
+            for item in self.of_file(file):
+                try:
+                    item.landing.wait()
+                    if self.failure is None:
+                        self.sums.take(item)
+                    yield item.chunk, item.buffer.array.data
+                finally:
+                    self.pool.release(item.buffer)
+        except Exception as error:  # noqa: BLE001 - raised at the end, when no rank waits for this one any more
+            self._fail(error)
+
+    def _write(self, chunk: Chunk, data: memoryview) -> None:
+        if self.failure is not None:
+            return
+        try:
+            for extent in chunk.extents:
+                place = slice(extent.buffer_offset, extent.buffer_offset + extent.num_bytes)
+                self.files.write(chunk.file, data[place], extent.byte_offset)
+        except Exception as error:  # noqa: BLE001 - as in `_staged`
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = self.failure or error

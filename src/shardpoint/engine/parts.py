@@ -29,19 +29,21 @@ from shardpoint.adapters.names import name_tensors
 from shardpoint.comm import Comm
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.load import Target, load
+from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.results import LoadResult, SaveResult
-from shardpoint.engine.save import SaveRequest, save
+from shardpoint.engine.save import BUDGET_BYTES, save
 from shardpoint.engine.source import GROUPS_KEY, STATES_KEY, Source, open_committed, open_plain
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import optimizer_document
 from shardpoint.errors import MismatchError, NotFoundError, UnsupportedFormatError, UsageError
 from shardpoint.manifest import MANIFEST_NAME, encode_document
 from shardpoint.planning import PartNaming
-from shardpoint.storage import LocalStore, replace_document
+from shardpoint.storage import BufferPool, LocalStore, replace_document
 
 StrPath = str | os.PathLike[str]
 
 _cache = StructureCache()
+_pool = BufferPool(BUDGET_BYTES)
 
 
 def _split(path: StrPath) -> tuple[LocalStore, str]:
@@ -89,7 +91,7 @@ def save_model_directory(
         return collected
 
     store, name = _split(path)
-    return save(store, comm, SaveRequest(name, collect, max_file_bytes=max_file_bytes), _cache)
+    return save(store, comm, SaveRequest(name, collect, max_file_bytes=max_file_bytes), _cache, pool=_pool)
 
 
 def save_model_file(model: nn.Module, path: StrPath, *, comm: Comm) -> SaveResult:
@@ -109,7 +111,7 @@ def save_model_file(model: nn.Module, path: StrPath, *, comm: Comm) -> SaveResul
         return collected
 
     store, name = _split(path)
-    return save(store, comm, SaveRequest(name, collect, as_file=True), _cache)
+    return save(store, comm, SaveRequest(name, collect, as_file=True), _cache, pool=_pool)
 
 
 def save_adapter_directory(model: nn.Module, path: StrPath, *, comm: Comm, adapter: str = "default") -> SaveResult:
@@ -128,7 +130,7 @@ def save_adapter_directory(model: nn.Module, path: StrPath, *, comm: Comm, adapt
         return collected
 
     store, name = _split(path)
-    return save(store, comm, SaveRequest(name, collect), _cache)
+    return save(store, comm, SaveRequest(name, collect), _cache, pool=_pool)
 
 
 def save_optimizer_directory(
@@ -158,7 +160,7 @@ def save_optimizer_directory(
         return collected
 
     store, name = _split(path)
-    return save(store, comm, SaveRequest(name, collect, max_file_bytes=max_file_bytes), _cache)
+    return save(store, comm, SaveRequest(name, collect, max_file_bytes=max_file_bytes), _cache, pool=_pool)
 
 
 def save_optimizer_file(optimizer: Optimizer, model: nn.Module, path: StrPath, *, comm: Comm) -> SaveResult:
@@ -176,7 +178,7 @@ def save_optimizer_file(optimizer: Optimizer, model: nn.Module, path: StrPath, *
         return collected
 
     store, name = _split(path)
-    return save(store, comm, SaveRequest(name, collect, as_file=True), _cache)
+    return save(store, comm, SaveRequest(name, collect, as_file=True), _cache, pool=_pool)
 
 
 def save_lr_scheduler(lr_scheduler: Any, path: StrPath, *, comm: Comm) -> None:

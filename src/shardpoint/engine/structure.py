@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from shardpoint.engine.plans import PlanCache
 from shardpoint.errors import DistributedError
 from shardpoint.planning import MergedTable, Table, decode_table, encode_table, merge_tables
 
@@ -55,8 +56,13 @@ class StructureVerdict(msgspec.Struct, frozen=True):
 
 @dataclass
 class StructureCache:
-    """Merged tables of the last structures, by their key."""
+    """Merged tables of the last structures, by their key.
 
+    Attributes:
+        plans: what follows from them.
+    """
+
+    plans: PlanCache = field(default_factory=PlanCache)
     _merged: OrderedDict[bytes, MergedTable] = field(default_factory=OrderedDict)
     _key_of: dict[bytes, bytes] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.adapters.tensors import live_values
 from shardpoint.comm import Comm
 from shardpoint.engine.load import Target
-from shardpoint.engine.save import SaveRequest
+from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.source import Source
 from shardpoint.errors import ManifestError, UnsupportedFormatError, UsageError
 from shardpoint.events import Event, Listener

@@ -1,110 +1,159 @@
-"""How a rank writes the bytes that it owns: staged, checksummed, put in place, fsynced by the descriptors that wrote.
+"""How a rank's bytes flow: staged into buffers, checksummed and put in place by I/O threads, then made durable.
 
-Memory: one staging buffer of 16 MiB, reused for every chunk. The checksum is taken over the staged bytes, so a fault
-anywhere after staging is caught.
+One thread stages while others take the checksums of what was staged and write it. Checksums are taken over the staged
+bytes, so a fault anywhere after staging is caught. The memory is the buffers': a buffer is used again once its bytes
+are written. An error in an I/O thread stops the flow and is raised by the thread that waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from shardpoint.adapters.collect import Held
+from shardpoint.adapters.staging import Copier, Landing
 from shardpoint.checksum import Partial, crc64
-from shardpoint.planning import Layout, MergedTable, WriteItem
-from shardpoint.storage import Store, SyncPoint, Writer
+from shardpoint.planning import Chunk, Layout, MergedTable
+from shardpoint.storage import Buffer, BufferPool, Store, SyncPoint, Writer
 
-STAGING_BYTES = 16 * 2**20
+NUM_IO_THREADS = 2
 
 
-def stage_items(
-    table: MergedTable,
-    layout: Layout,
-    items: Iterable[WriteItem],
-    held: Mapping[tuple[str, str], Held],
-    progress: Callable[[int], None],
-    put: Callable[[int, memoryview, int], None],
-) -> list[tuple[int, Partial]]:
-    """Stage and checksum what this rank owns, chunk by chunk, and hand each chunk on.
+@dataclass(frozen=True, slots=True)
+class StagedChunk:
+    """A chunk and the buffer that holds it.
 
-    Args:
-        table: the merged table.
-        layout: where each tensor lies.
-        items: what this rank owns; taken in the order of files and offsets.
-        held: the live tensors.
-        progress: told of each chunk's bytes.
-        put: given the file's index, a chunk (valid until it returns) and its offset in the file.
-
-    Returns:
-        (entry, its partial checksum) for each item.
+    Attributes:
+        chunk: the plan.
+        buffer: its bytes, once `landing` is over; goes back to its pool when they are written.
+        landing: when they are there.
     """
-    staging = np.empty(STAGING_BYTES, dtype=np.uint8)
-    partials: list[tuple[int, Partial]] = []
-    for item in sorted(items, key=lambda item: _place(layout, item)):
-        entry, placed = table.entries[item.entry], layout.tensors[item.entry]
-        partial = Partial()
-        source = held[entry.part, entry.key].open()
-        view = source.read_view()
-        for byte_offset, local_offset, num_bytes in item.runs(table):
-            crc = 0
-            for done in range(0, num_bytes, STAGING_BYTES):
-                chunk_bytes = min(STAGING_BYTES, num_bytes - done)
-                staged = staging[:chunk_bytes]
-                np.copyto(staged, view[local_offset + done : local_offset + done + chunk_bytes])
-                crc = crc64(staged.data, crc)
-                put(placed.file, staged.data, placed.byte_offset + byte_offset + done)
-                progress(chunk_bytes)
-            partial.add(crc, byte_offset, num_bytes, entry.num_bytes)
-        source.release()
-        partials.append((item.entry, partial))
-    return partials
+
+    chunk: Chunk
+    buffer: Buffer
+    landing: Landing
+
+    def view(self, buffer_offset: int, num_bytes: int) -> memoryview:
+        """Return staged bytes."""
+        return self.buffer.array[buffer_offset : buffer_offset + num_bytes].data
 
 
-def _place(layout: Layout, item: WriteItem) -> tuple[int, int]:
-    placed = layout.tensors[item.entry]
-    return placed.file, placed.byte_offset
+class PieceSums:
+    """The checksums of pieces, taken in any order by any thread, and merged into one partial for each tensor."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._pieces: list[tuple[int, int, int, int]] = []
+
+    def take(self, staged: StagedChunk) -> None:
+        """Take the checksums of a chunk."""
+        pieces = [
+            (piece.entry, piece.byte_offset, piece.num_bytes, crc64(staged.view(piece.buffer_offset, piece.num_bytes)))
+            for piece in staged.chunk.pieces
+        ]
+        with self._mutex:
+            self._pieces += pieces
+
+    def partials(self, table: MergedTable) -> list[tuple[int, Partial]]:
+        """Return (entry, its partial checksum) for each tensor, ascending."""
+        partials: dict[int, Partial] = {}
+        for entry, byte_offset, num_bytes, crc in self._pieces:
+            partials.setdefault(entry, Partial()).add(crc, byte_offset, num_bytes, table.entries[entry].num_bytes)
+        return sorted(partials.items())
 
 
-def write_items(
-    store: Store,
-    key: str,
-    table: MergedTable,
-    layout: Layout,
-    items: list[WriteItem],
-    held: Mapping[tuple[str, str], Held],
-    progress: Callable[[int], None],
-) -> list[tuple[int, Partial]]:
-    """Write what this rank owns at its final place, and make it durable.
+def stage_chunks(
+    table: MergedTable, chunks: Iterable[Chunk], held: Mapping[tuple[str, str], Held], pool: BufferPool
+) -> Iterator[StagedChunk]:
+    """Stage chunk after chunk, as buffers become free, on the calling thread.
 
     Args:
-        store: the root.
-        key: the attempt.
         table: the merged table.
-        layout: where each tensor lies.
-        items: what this rank owns.
+        chunks: what this rank writes.
         held: the live tensors.
-        progress: told of each chunk's bytes.
+        pool: where buffers come from; whoever takes a staged chunk gives its buffer back.
+    """
+    copier = Copier(held)
+    try:
+        for chunk in chunks:
+            buffer = pool.acquire()
+            if buffer is None:
+                return
+            yield stage_chunk(table, chunk, copier, buffer, pool)
+    finally:
+        copier.close()
 
-    Returns:
-        (entry, its partial checksum) for each item.
+
+def stage_chunk(table: MergedTable, chunk: Chunk, copier: Copier, buffer: Buffer, pool: BufferPool) -> StagedChunk:
+    """Copy a chunk's bytes into a buffer, or queue their copies; on an error the buffer goes back to its pool."""
+    try:
+        for piece in chunk.pieces:
+            entry = table.entries[piece.entry]
+            copier.copy((entry.part, entry.key), buffer, piece.buffer_offset, piece.local_byte_offset, piece.num_bytes)
+        return StagedChunk(chunk, buffer, copier.landing())
+    except BaseException:
+        pool.release(buffer)
+        raise
+
+
+def write_staged(
+    files: OpenFiles, staged: Iterable[StagedChunk], sums: PieceSums, pool: BufferPool, progress: Callable[[int], None]
+) -> None:
+    """Checksum and write staged chunks at their final place with several threads, and make them durable.
+
+    Args:
+        files: the attempt's files.
+        staged: chunk after chunk, on the calling thread.
+        sums: given every piece's checksum.
+        pool: the buffers go back to it.
+        progress: told of each chunk's bytes.
 
     Raises:
-        StorageError: a write, an fsync or a close failed; nothing was voted.
+        StorageError: a write or an fsync failed; nothing was voted.
 
     Durability:
         On return every byte that was written survives power loss, once its file has a durable name.
     """
-    with OpenFiles(store, key, layout) as files:
-        partials = stage_items(table, layout, items, held, progress, files.write)
-        files.sync(progress)
-    return partials
+    failed = threading.Event()
+
+    def put(item: StagedChunk) -> None:
+        try:
+            if failed.is_set():
+                return
+            item.landing.wait()
+            sums.take(item)
+            for extent in item.chunk.extents:
+                files.write(item.chunk.file, item.view(extent.buffer_offset, extent.num_bytes), extent.byte_offset)
+            progress(item.chunk.num_bytes)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            pool.release(item.buffer)
+
+    with ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="shardpoint-write") as executor:
+        pending: list[Future[None]] = []
+        for item in staged:
+            pending.append(executor.submit(put, item))
+            if failed.is_set():
+                break
+        _raise_first(pending)
+        files.sync(progress, executor)
+
+
+def _raise_first(pending: Sequence[Future[None]]) -> None:
+    """Wait for all, and raise the first one's error."""
+    wait(pending)
+    for future in pending:
+        future.result()
 
 
 class OpenFiles:
-    """The files of an attempt that this rank writes, each opened once.
+    """The files of an attempt that this rank writes, each opened once; any thread may write.
 
     Leaving the `with` block closes them; an error on closing is an error, unless another one is on its way up already.
     """
@@ -113,19 +162,36 @@ class OpenFiles:
         self._store = store
         self._key = key
         self._layout = layout
+        self._mutex = threading.Lock()
         self._writers: dict[int, Writer] = {}
 
-    def write(self, file: int, data: memoryview, byte_offset: int) -> None:
-        """Write a chunk of a file."""
-        if file not in self._writers:
-            self._writers[file] = self._store.open_writer(f"{self._key}/{self._layout.files[file].path}")
-        self._writers[file].write_at(data, byte_offset)
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of how the files were written."""
+        return list(dict.fromkeys(writer.note for writer in self._writers.values() if writer.note is not None))
 
-    def sync(self, progress: Callable[[int], None]) -> None:
+    def write(self, file: int, data: memoryview, byte_offset: int) -> None:
+        """Write some bytes of a file."""
+        self._writer(file).write_at(data, byte_offset)
+
+    def _writer(self, file: int) -> Writer:
+        with self._mutex:
+            if file not in self._writers:
+                self._writers[file] = self._store.open_writer(f"{self._key}/{self._layout.files[file].path}")
+            return self._writers[file]
+
+    def sync(self, progress: Callable[[int], None], executor: ThreadPoolExecutor | None = None) -> None:
         """Make durable, by the descriptors that wrote, everything that was written."""
-        for writer in self._writers.values():
+
+        def sync_one(writer: Writer) -> None:
             writer.sync(SyncPoint.TENSOR_FILE)
             progress(1)
+
+        if executor is None:
+            for writer in self._writers.values():
+                sync_one(writer)
+        else:
+            _raise_first([executor.submit(sync_one, writer) for writer in self._writers.values()])
 
     def __enter__(self) -> Self:
         return self

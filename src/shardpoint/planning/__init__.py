@@ -1,5 +1,6 @@
 """What is decided before any byte moves: the merged table of facts, the files, the owners, and how a target matches."""
 
+from shardpoint.planning.chunks import Chunk, Extent, Piece, plan_chunks
 from shardpoint.planning.documents import merge_optimizer_documents
 from shardpoint.planning.facts import (
     Entry,
@@ -14,26 +15,36 @@ from shardpoint.planning.facts import (
 from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedFile, index_document, plan_files
 from shardpoint.planning.matching import Match, match_target
 from shardpoint.planning.ownership import WriteItem, held_runs, owned_items
+from shardpoint.planning.small import RUN_FIELDS, RunTable, gathered_entries, split_items, tabulate_runs
 
 __all__ = [
+    "RUN_FIELDS",
+    "Chunk",
     "Entry",
+    "Extent",
     "Holding",
     "Layout",
     "Match",
     "MergedTable",
     "PartNaming",
+    "Piece",
     "PlacedTensor",
     "PlannedFile",
+    "RunTable",
     "Table",
     "TensorFact",
     "WriteItem",
     "decode_table",
     "encode_table",
+    "gathered_entries",
     "held_runs",
     "index_document",
     "match_target",
     "merge_optimizer_documents",
     "merge_tables",
     "owned_items",
+    "plan_chunks",
     "plan_files",
+    "split_items",
+    "tabulate_runs",
 ]

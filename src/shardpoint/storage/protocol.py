@@ -43,8 +43,16 @@ class DirectoryEntry:
 class Writer(Protocol):
     """One open file that is written at chosen offsets; it was created and sized by the coordinator."""
 
+    @property
+    def note(self) -> str | None:
+        """What a person should know of how it was written, or None."""
+        ...
+
     def write_at(self, data: Buffer, byte_offset: int) -> None:
-        """Write all of `data`; safe to call from several threads for disjoint ranges."""
+        """Write all of `data`; safe to call from several threads for disjoint ranges.
+
+        Memory whose address is congruent to the offset modulo 4096 can be written without a copy.
+        """
         ...
 
     def sync(self, point: SyncPoint) -> None:

@@ -1,7 +1,8 @@
-"""How to reach the Linux calls that Python's os module lacks, or gets wrong for us: fallocate and renameat2.
+"""How to reach the Linux calls that Python lacks, or gets wrong for us: fallocate, renameat2, statx, mmap and madvise.
 
 `os.posix_fallocate` is not used: where the filesystem has no fallocate, glibc emulates it by writing zeros, which
-overwrote other processes' bytes. Every function here raises OSError.
+overwrote other processes' bytes. `mmap.mmap(-1, n)` is not used: it maps shared memory, which gets no huge pages and
+which a forked child keeps. Every function here raises OSError.
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 
+MADV_DONTFORK = 10
+MADV_HUGEPAGE = 14
+MADV_POPULATE_WRITE = 23
+
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_STATX_DIOALIGN = 0x2000
+_STATX_BYTES = 256
+_STATX_DIO_OFFSET_ALIGN = 156  # where `stx_dio_offset_align` stands; `stx_dio_mem_align` is just before it
+_PROT_READ_WRITE = 3
+_MAP_PRIVATE_ANONYMOUS = 0x22
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -51,3 +64,56 @@ def renameat2(source: str, target: str, flags: int) -> None:
     call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
     if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) != 0:
         _raise_errno(source)
+
+
+def direct_alignment(descriptor: int) -> tuple[int, int]:
+    """Return what O_DIRECT asks of a file: the alignment of memory and that of offsets, in bytes; 0 where unknown.
+
+    Raises:
+        OSError: `ENOSYS` where the system has no statx; otherwise as statx(2) says.
+    """
+    call = getattr(_libc, "statx", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+    status = ctypes.create_string_buffer(_STATX_BYTES)
+    if call(descriptor, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, status) != 0:
+        _raise_errno("")
+    memory, offset = struct.unpack_from("=II", status, _STATX_DIO_OFFSET_ALIGN - 4)
+    return memory, offset
+
+
+def map_pages(num_bytes: int) -> int:
+    """Map private anonymous memory and return its address.
+
+    Raises:
+        OSError: `ENOMEM`.
+    """
+    _libc.mmap.restype = ctypes.c_void_p
+    _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    address = _libc.mmap(None, num_bytes, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS, -1, 0)
+    if address is None or address == _MAP_FAILED:
+        _raise_errno("")
+    return int(address or 0)
+
+
+def unmap_pages(address: int, num_bytes: int) -> None:
+    """Give memory back that `map_pages` mapped.
+
+    Raises:
+        OSError: as munmap(2) says.
+    """
+    _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    if _libc.munmap(address, num_bytes) != 0:
+        _raise_errno("")
+
+
+def advise_pages(address: int, num_bytes: int, advice: int) -> None:
+    """Tell the kernel how memory will be used.
+
+    Raises:
+        OSError: `EINVAL` where the kernel does not know the advice; `ENOMEM`.
+    """
+    _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if _libc.madvise(address, num_bytes, advice) != 0:
+        _raise_errno("")

@@ -185,6 +185,10 @@ class _FaultyWriter:
     def __init__(self, inner: Writer, key: str, before: Callable[[str, str], None]) -> None:
         self._inner, self._key, self._before = inner, key, before
 
+    @property
+    def note(self) -> str | None:
+        return self._inner.note
+
     def write_at(self, data: Buffer, byte_offset: int) -> None:
         self._before("write", self._key)
         self._inner.write_at(data, byte_offset)

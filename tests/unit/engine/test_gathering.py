@@ -13,7 +13,7 @@ import torch
 from shardpoint.adapters.collect import Held
 from shardpoint.checksum import Partial, crc64
 from shardpoint.engine.gathering import write_gathered, writer_of
-from shardpoint.engine.writing import write_items
+from shardpoint.engine.writing import OpenFiles, PieceSums, stage_chunks, write_staged
 from shardpoint.errors import DistributedError, StorageError
 from shardpoint.geometry import Region
 from shardpoint.layout import Mesh, Placement, owned_region
@@ -25,12 +25,14 @@ from shardpoint.planning import (
     TensorFact,
     merge_tables,
     owned_items,
+    plan_chunks,
     plan_files,
 )
-from shardpoint.storage import LocalStore
+from shardpoint.storage import BufferPool, LocalStore, Store
 from shardpoint.testing import Fault, FaultyStore
 
 WORLD_SIZE = 3
+BUFFER_BYTES = 2**20
 JOIN_S = 60.0
 
 
@@ -113,6 +115,41 @@ def in_threads(work: Callable[[int], object]) -> dict[int, object]:
     return outcomes
 
 
+def gather_into(
+    store: Store,
+    table: MergedTable,
+    layout: Layout,
+    held: dict[tuple[str, str], Held],
+    rank: int,
+    exchange: QueueExchange,
+) -> list[tuple[int, Partial]]:
+    chunks = [plan_chunks(table, layout, owned_items(table, r), BUFFER_BYTES) for r in range(WORLD_SIZE)]
+    sums, pool = PieceSums(), BufferPool(2 * BUFFER_BYTES)
+    with OpenFiles(store, "a", layout) as files:
+        write_gathered(
+            files,
+            stage_chunks(table, chunks[rank], held, pool),
+            sums,
+            pool,
+            lambda _: None,
+            chunks_of=chunks,
+            num_files=len(layout.files),
+            rank=rank,
+            exchange=exchange,
+        )
+    return sums.partials(table)
+
+
+def write_directly(
+    store: Store, table: MergedTable, layout: Layout, held: dict[tuple[str, str], Held], rank: int
+) -> list[tuple[int, Partial]]:
+    sums, pool = PieceSums(), BufferPool(2 * BUFFER_BYTES)
+    chunks = plan_chunks(table, layout, owned_items(table, rank), BUFFER_BYTES)
+    with OpenFiles(store, "a", layout) as files:
+        write_staged(files, stage_chunks(table, chunks, held, pool), sums, pool, lambda _: None)
+    return sums.partials(table)
+
+
 def queues() -> dict[tuple[int, int], queue.SimpleQueue[bytes | None]]:
     return {(a, b): queue.SimpleQueue() for a in range(WORLD_SIZE) for b in range(WORLD_SIZE)}
 
@@ -127,12 +164,11 @@ def test_the_files_and_checksums_are_those_of_shared_files(tmp_path: Path) -> No
     def gather(rank: int) -> list[tuple[int, Partial]]:
         exchange = QueueExchange(rank, lines)
         held = held_by(rank, tensors)
-        return write_gathered(apart, "a", table, layout, held, rank, WORLD_SIZE, exchange, lambda _: None)
+        return gather_into(apart, table, layout, held, rank, exchange)
 
     gathered = in_threads(gather)
     for rank in range(WORLD_SIZE):
-        items = owned_items(table, rank)
-        direct = write_items(together, "a", table, layout, items, held_by(rank, tensors), lambda _: None)
+        direct = write_directly(together, table, layout, held_by(rank, tensors), rank)
         outcome = gathered[rank]
         assert isinstance(outcome, list), outcome
         assert sorted((index, repr(partial)) for index, partial in outcome) == [(i, repr(p)) for i, p in direct]
@@ -161,9 +197,7 @@ def test_a_rank_that_cannot_write_blocks_nobody(failing: int, tmp_path: Path) ->
     def gather(rank: int) -> object:
         own = FaultyStore(store, [Fault("write", nth=1)] if rank == failing else [])
         exchange = QueueExchange(rank, lines)
-        return write_gathered(
-            own, "a", table, layout, held_by(rank, tensors), rank, WORLD_SIZE, exchange, lambda _: None
-        )
+        return gather_into(own, table, layout, held_by(rank, tensors), rank, exchange)
 
     outcomes = in_threads(gather)
     assert isinstance(outcomes[failing], StorageError)
@@ -178,7 +212,7 @@ def test_a_rank_that_cannot_stage_is_named_by_those_who_wait_for_it(failing: int
     def gather(rank: int) -> object:
         held = held_by(rank, tensors) if rank != failing else {}
         exchange = QueueExchange(rank, lines)
-        return write_gathered(store, "a", table, layout, held, rank, WORLD_SIZE, exchange, lambda _: None)
+        return gather_into(store, table, layout, held, rank, exchange)
 
     outcomes = in_threads(gather)
     assert isinstance(outcomes[failing], KeyError)

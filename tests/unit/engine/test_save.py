@@ -19,7 +19,7 @@ from shardpoint.commit import committed_checkpoints
 from shardpoint.engine import SaveRequest, SaveResult, StructureCache, save
 from shardpoint.errors import CommitUnknownError, PeerError, StorageError, UsageError
 from shardpoint.planning import PartNaming
-from shardpoint.storage import LocalStore
+from shardpoint.storage import BufferPool, LocalStore
 from shardpoint.testing import Fault, FaultyStore
 from tests.training import on_disk
 from tests.unit.comm.threads import run_threads
@@ -42,7 +42,7 @@ def save_on_two(
 
         request = SaveRequest(f"step-{step}", gather, RunState(0, step, step))
         store = FaultyStore(LocalStore(root), faults.get(comm.rank, []))
-        return save(store, comm, request, StructureCache())
+        return save(store, comm, request, StructureCache(), pool=BufferPool(2**21))
 
     return run_threads(in_process_comms(2), rank_main)
 
@@ -124,7 +124,7 @@ def test_documents_that_must_be_equal(tmp_path: Path) -> None:
 
 
 def test_the_cache_sees_a_changed_model(tmp_path: Path) -> None:
-    cache = StructureCache()
+    cache, pool = StructureCache(), BufferPool(2**21)
 
     def once(model: nn.Module, step: int) -> list[Any]:
         def gather() -> Collected:
@@ -133,7 +133,9 @@ def test_the_cache_sees_a_changed_model(tmp_path: Path) -> None:
             return collected
 
         comm = in_process_comms(1)[0]
-        return [save(LocalStore(tmp_path), comm, SaveRequest(f"s{step}", gather, RunState(0, step, 0)), cache)]
+        return [
+            save(LocalStore(tmp_path), comm, SaveRequest(f"s{step}", gather, RunState(0, step, 0)), cache, pool=pool)
+        ]
 
     once(nn.Linear(2, 2), 1)
     once(nn.Linear(2, 2), 2)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shardpoint.errors import AlreadyExistsError, CheckpointError, NotFoundError, StorageError, UsageError
-from shardpoint.storage import LocalStore, SyncPoint, local, syscalls
+from shardpoint.storage import LocalStore, SyncPoint, local, syscalls, writer
 
 
 @pytest.fixture
@@ -261,14 +261,14 @@ def test_without_flags_a_rename_still_never_replaces(
 
 def test_a_new_root_is_durable_up_to_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    real = local._sync_descriptor
+    real = writer.sync_descriptor
 
     def sync(descriptor: int, key: str, location: str, point: SyncPoint) -> None:
         synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         assert point is SyncPoint.PARENT
         real(descriptor, key, location, point)
 
-    monkeypatch.setattr(local, "_sync_descriptor", sync)
+    monkeypatch.setattr(local, "sync_descriptor", sync)
     LocalStore(tmp_path / "a/b/c").make_root()
     assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")]
 

@@ -1,0 +1,164 @@
+"""How votes become a committed checkpoint: every byte written exactly once, then the manifest, then the commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from shardpoint import __version__
+from shardpoint.checksum import Partial, combine, crc64, to_hex, unpack_partials
+from shardpoint.comm import Comm
+from shardpoint.commit import Attempt, publish, publish_file
+from shardpoint.engine.opening import CoordinatorState, SaveRequest
+from shardpoint.errors import CommitUnknownError, DistributedError
+from shardpoint.manifest import (
+    FORMAT_MAJOR,
+    FORMAT_MINOR,
+    FORMAT_NAME,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    metric_value,
+)
+from shardpoint.planning import Layout, MergedTable
+
+
+class Written(msgspec.Struct, frozen=True):
+    """A rank's vote: what it wrote is durable.
+
+    Attributes:
+        attempt_id: of the attempt that it wrote into.
+        partials: packed, one for each tensor of which it wrote bytes.
+        files: the documents that it wrote.
+        notes: what a person should know of how it wrote.
+    """
+
+    attempt_id: str
+    partials: bytes
+    files: list[FileEntry]
+    notes: list[str]
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """The verdict."""
+
+    name: str
+    checkpoint_id: str
+    sequence: int
+    num_bytes: int
+    num_tensors: int
+    notes: list[str]
+
+
+def commit_votes(
+    comm: Comm, request: SaveRequest, ballots: Sequence[Written], coordinator: CoordinatorState
+) -> Committed:
+    """Commit what all ranks voted for; on the coordinator.
+
+    Raises:
+        DistributedError: a byte was written by nobody, or twice; or ranks voted on another attempt.
+        CommitUnknownError: the rename may have happened.
+        CheckpointError: as `publish`.
+    """
+    attempt, merged, layout = coordinator.attempt, coordinator.merged, coordinator.layout
+    assert attempt is not None and merged is not None and layout is not None  # noqa: S101, PT018 - opened before
+    strangers = [rank for rank, ballot in enumerate(ballots) if ballot.attempt_id != attempt.attempt_id]
+    if strangers:
+        text = f"ranks {strangers} voted on another attempt than {attempt.attempt_id}"
+        raise DistributedError(text)
+    crcs = _whole_crcs(merged, ballots)
+    documents = coordinator.documents
+    files, tensors = _entries(merged, layout, crcs)
+    files += [FileEntry(path, len(data), to_hex(crc64(data))) for path, data in documents.items()]
+    files += [entry for ballot in ballots for entry in ballot.files]
+    manifest = Manifest(
+        format=FORMAT_NAME,
+        version=(FORMAT_MAJOR, FORMAT_MINOR),
+        checkpoint_id=attempt.attempt_id,
+        replaces=attempt.replaces,
+        sequence=f"{attempt.sequence:012d}",
+        name=attempt.name,
+        epoch=request.run.epoch if request.run else None,
+        step=request.run.step if request.run else None,
+        sample_start_index=request.run.sample_start_index if request.run else None,
+        created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        library=f"shardpoint {__version__}",
+        world_size=comm.world_size,
+        roles=list(request.roles),
+        metrics={name: metric_value(value) for name, value in request.metrics.items()},
+        files=files,
+        tensors=tensors,
+    )
+    if request.as_file:
+        commit_or_unknown(attempt, lambda: publish_file(attempt, layout.files[0].path))
+    else:
+        commit_or_unknown(attempt, lambda: publish(attempt, documents, manifest))
+    total = sum(entry.size_bytes for entry in files)
+    notes = list(dict.fromkeys([*attempt.notes, *(note for ballot in ballots for note in ballot.notes)]))
+    return Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, len(tensors), notes)
+
+
+def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:
+    """Commit, and turn an interruption in the middle of it into an error that says what is not known.
+
+    Raises:
+        CommitUnknownError: the rename may have happened; peers must not hear "failed".
+        CheckpointError: what `work` raised.
+    """
+    try:
+        work()
+    except Exception:
+        raise
+    except BaseException as error:
+        text = (
+            f"the commit of {attempt.name} was interrupted ({error!r}): look whether it has the id {attempt.attempt_id}"
+        )
+        raise CommitUnknownError(text, attempt_id=attempt.attempt_id) from error
+
+
+def _whole_crcs(merged: MergedTable, ballots: Sequence[Written]) -> list[int]:
+    """Merge the ranks' partials; refuse a tensor of which a byte has no writer, or two."""
+    totals = [Partial() for _ in merged.entries]
+    for ballot in ballots:
+        for index, partial in unpack_partials(ballot.partials):
+            totals[index].merge(partial)
+    holes = [
+        f"{entry.label}: {total.sum_bytes} of {entry.num_bytes} bytes"
+        for entry, total in zip(merged.entries, totals, strict=True)
+        if not total.covers(entry.num_bytes)
+    ]
+    if holes:
+        text = "the ranks together did not write every byte exactly once; nothing was committed:\n  " + "\n  ".join(
+            holes
+        )
+        raise DistributedError(text)
+    return [total.whole_crc(entry.num_bytes) for entry, total in zip(merged.entries, totals, strict=True)]
+
+
+def _entries(merged: MergedTable, layout: Layout, crcs: Sequence[int]) -> tuple[list[FileEntry], list[TensorEntry]]:
+    tensors = [
+        TensorEntry(
+            entry.part,
+            entry.fqn,
+            entry.state,
+            entry.key,
+            entry.dtype,
+            entry.shape,
+            placed.file,
+            placed.byte_offset,
+            placed.num_bytes,
+            to_hex(crc),
+        )
+        for entry, placed, crc in zip(merged.entries, layout.tensors, crcs, strict=True)
+    ]
+    tensors.sort(key=lambda tensor: (tensor.file, tensor.byte_offset, tensor.num_bytes))
+    file_crcs = [crc64(file.layout.header) for file in layout.files]
+    for tensor in tensors:
+        file_crcs[tensor.file] = combine(file_crcs[tensor.file], int(tensor.crc64nvme, 16), tensor.num_bytes)
+    files = [
+        FileEntry(file.path, file.layout.num_bytes, to_hex(crc))
+        for file, crc in zip(layout.files, file_crcs, strict=True)
+    ]
+    return files, tensors

@@ -1,0 +1,313 @@
+"""How the ranks come to write into one attempt: they agree on the structure, and the coordinator opens the attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from shardpoint.adapters.collect import GROUPS_NAME, Collected, join
+from shardpoint.adapters.state import RunState
+from shardpoint.comm import Comm
+from shardpoint.commit import Attempt, RootOwner, acquire_root
+from shardpoint.engine.ballots import agree
+from shardpoint.engine.plans import SavePlan
+from shardpoint.engine.structure import (
+    StructureBallot,
+    StructureCache,
+    StructureVerdict,
+    decide_structure,
+    digest_of,
+    merge_sent,
+    settle,
+)
+from shardpoint.errors import UsageError
+from shardpoint.events import Listener
+from shardpoint.manifest import decode_document, encode_document
+from shardpoint.planning import (
+    Layout,
+    MergedTable,
+    PartNaming,
+    encode_table,
+    gathered_entries,
+    index_document,
+    merge_optimizer_documents,
+)
+from shardpoint.storage import Store, kernel_id
+
+MAX_FILE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What is to be saved.
+
+    Attributes:
+        name: the name to commit to, one path component.
+        collect: makes this rank's items; its errors are those of this rank.
+        run: position in training, or None for a directory that is not a training checkpoint.
+        roles: the models' names.
+        metrics: what the trainer passed along.
+        documents: path -> contents, for documents that the caller gives, the same on all ranks.
+        max_file_bytes: the largest tensor file.
+        as_file: commit the only tensor file itself, not a directory.
+    """
+
+    name: str
+    collect: Callable[[], Collected]
+    run: RunState | None = None
+    roles: Sequence[str] = ("",)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    max_file_bytes: int = MAX_FILE_BYTES
+    as_file: bool = False
+
+
+class _Documents(msgspec.Struct, frozen=True):
+    """A rank's documents: those that must be equal, and its optimizers' by part."""
+
+    shared: dict[str, bytes]
+    optimizers: dict[str, bytes]
+
+
+class _Contribution(msgspec.Struct, frozen=True):
+    table: bytes = b""
+    documents: _Documents | None = None
+
+
+class _Opened(msgspec.Struct, frozen=True):
+    key: str
+    attempt_id: str
+    merged: bytes
+    layout: bytes
+    tables: list[tuple[list[int], bytes]]
+    gathers_small: bool
+    one_writer: bool
+
+
+@dataclass
+class CoordinatorState:
+    """What only the coordinator has while a save is under way.
+
+    Attributes:
+        owner: the hold on the root.
+        attempt: once it is open.
+        merged: the table of all ranks.
+        layout: where everything lies.
+        documents: path -> contents, for the files that no rank wrote.
+    """
+
+    owner: RootOwner | None = None
+    attempt: Attempt | None = None
+    merged: MergedTable | None = None
+    layout: Layout | None = None
+    documents: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpenSave:
+    """An attempt that is open on every rank.
+
+    Attributes:
+        key: where it is, relative to the root.
+        attempt_id: 32 hex digits.
+        own: what this rank collected.
+        gathers_small: whether the coordinator gathers small tensors, in a round of its own.
+        one_writer: whether each file has one writer.
+        planned: the merged table and what this rank does; or why this rank cannot take part, which its next round says.
+    """
+
+    key: str
+    attempt_id: str
+    own: Collected
+    gathers_small: bool
+    one_writer: bool
+    planned: tuple[MergedTable, SavePlan] | Exception
+
+    @property
+    def table(self) -> MergedTable:
+        """The merged table; raises what planning raised."""
+        return self._planned()[0]
+
+    @property
+    def plan(self) -> SavePlan:
+        """What this rank does; raises what planning raised."""
+        return self._planned()[1]
+
+    def _planned(self) -> tuple[MergedTable, SavePlan]:
+        if isinstance(self.planned, Exception):
+            raise self.planned
+        return self.planned
+
+
+def open_save(
+    store: Store,
+    comm: Comm,
+    request: SaveRequest,
+    cache: StructureCache,
+    coordinator: CoordinatorState,
+    buffer_bytes: int,
+    listener: Listener,
+) -> OpenSave:
+    """Collect, agree on the structure and open the attempt.
+
+    Args:
+        store: the root.
+        comm: the ranks.
+        request: what to save.
+        cache: this process's.
+        coordinator: filled on the coordinator; whoever calls abandons its attempt if anything fails later.
+        buffer_bytes: the size of a staging buffer.
+        listener: told what is found in the root.
+
+    Raises:
+        UsageError: the ranks asked for different saves, or something cannot be saved.
+        RootBusyError: another living run owns the root.
+        PeerError: a rank failed.
+
+    Collective:
+        All ranks: two rounds.
+    """
+    collected: Collected | None = None
+
+    def gather() -> StructureBallot:
+        nonlocal collected
+        collected = request.collect()
+        table = digest_of(encode_table(collected.table))
+        documents = digest_of(msgspec.msgpack.encode(_own_documents(request, collected), order="sorted"))
+        return StructureBallot(table, cache.key_for(table), documents, _agreed_facts(request, collected), kernel_id())
+
+    structure = agree(
+        comm, "save: structure", gather, StructureBallot, lambda ballots: _structure(ballots, cache), StructureVerdict
+    )
+    assert collected is not None  # noqa: S101 - the round succeeded, so `gather` did
+    own = collected
+    opened = agree(
+        comm,
+        "save: open",
+        lambda: _contribute(comm, request, own, structure),
+        _Contribution,
+        lambda ballots: _open(store, comm, request, own, structure, ballots, cache, coordinator, listener),
+        _Opened,
+    )
+    planned = _planned(comm, request, own, structure, opened, cache, buffer_bytes)
+    return OpenSave(opened.key, opened.attempt_id, own, opened.gathers_small, opened.one_writer, planned)
+
+
+def _planned(
+    comm: Comm,
+    request: SaveRequest,
+    own: Collected,
+    structure: StructureVerdict,
+    opened: _Opened,
+    cache: StructureCache,
+    buffer_bytes: int,
+) -> tuple[MergedTable, SavePlan] | Exception:
+    """Return what this rank does, or an error. Order: never raised between rounds; the others would wait for us."""
+    try:
+        merged = settle(cache, structure, own.table, opened.tables, opened.merged, comm.world_size)
+        plan = cache.plans.plan(merged, _naming(own, merged), request.max_file_bytes, comm.rank, buffer_bytes)
+        if plan.layout.digest != opened.layout:
+            text = (
+                f"rank {comm.rank} lays out the files of {request.name} differently than the coordinator: give all "
+                "ranks the same largest file size, variant and adapters"
+            )
+            return UsageError(text)
+    except Exception as error:  # noqa: BLE001 - see above
+        return error
+    return merged, plan
+
+
+def _own_documents(request: SaveRequest, collected: Collected) -> _Documents:
+    optimizers = {part: encode_document(value) for part, value in collected.optimizer_documents.items()}
+    return _Documents({**collected.documents, **request.documents}, optimizers)
+
+
+def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
+    run = request.run
+    headers = {
+        part: digest_of(msgspec.json.encode(naming.metadata)).hex()
+        for part, naming in collected.naming.items()
+        if naming.metadata
+    }
+    position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
+    # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
+    return f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}"
+
+
+def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> StructureVerdict:
+    positions = {ballot.facts: rank for rank, ballot in reversed(list(enumerate(ballots)))}
+    if len(positions) > 1:
+        text = "the ranks asked for different saves: " + "; ".join(
+            f"rank {rank}: {facts}" for facts, rank in sorted(positions.items(), key=lambda item: item[1])
+        )
+        raise UsageError(text)
+    return decide_structure(ballots, cache)
+
+
+def _contribute(comm: Comm, request: SaveRequest, own: Collected, structure: StructureVerdict) -> _Contribution:
+    sends_table = any(comm.rank == sender for sender, _ in structure.table_senders)
+    sends_documents = comm.rank in structure.document_senders
+    return _Contribution(
+        encode_table(own.table) if sends_table else b"",
+        _own_documents(request, own) if sends_documents else None,
+    )
+
+
+def _open(
+    store: Store,
+    comm: Comm,
+    request: SaveRequest,
+    own: Collected,
+    structure: StructureVerdict,
+    ballots: Sequence[_Contribution],
+    cache: StructureCache,
+    coordinator: CoordinatorState,
+    listener: Listener,
+) -> _Opened:
+    tables = [(ranks, ballots[sender].table) for sender, ranks in structure.table_senders]
+    merged = merge_sent(tables, comm.world_size) if tables else cache.get(structure.key)
+    assert merged is not None  # noqa: S101 - `decide_structure` asks for tables unless they are cached
+    layout = cache.plans.layout(merged, _naming(own, merged), request.max_file_bytes)
+    sent = [ballots[rank].documents for rank in structure.document_senders]
+    coordinator.documents = _merge_documents([documents for documents in sent if documents is not None])
+    coordinator.documents |= own.coordinator_documents
+    for part, naming in own.naming.items():
+        if not naming.single and any(file.part == part for file in layout.files):
+            coordinator.documents[join(part, naming.index_name)] = index_document(layout, part)
+    if coordinator.owner is None:
+        coordinator.owner = acquire_root(store, listener=listener)
+    directories = {path.rpartition("/")[0] for path in (*coordinator.documents, *own.rank_documents)} - {""}
+    coordinator.attempt = Attempt.open(
+        store,
+        coordinator.owner,
+        request.name,
+        files={file.path: file.layout for file in layout.files},
+        directories=directories,
+        replace_file=request.as_file,
+    )
+    coordinator.merged, coordinator.layout = merged, layout
+    sharing = store.shared_files
+    one_writer = comm.world_size > 1 and (sharing == "never" or (sharing == "one_host" and not structure.one_host))
+    small = bool(gathered_entries(merged))
+    attempt = coordinator.attempt
+    return _Opened(attempt.key, attempt.attempt_id, merged.digest, layout.digest, tables, small, one_writer)
+
+
+def _naming(own: Collected, merged: MergedTable) -> dict[str, PartNaming]:
+    filled = {entry.part for entry in merged.entries}
+    return {part: naming for part, naming in own.naming.items() if naming.single or part in filled}
+
+
+def _merge_documents(sent: Sequence[_Documents]) -> dict[str, bytes]:
+    merged: dict[str, bytes] = {}
+    for documents in sent:
+        for path, data in documents.shared.items():
+            if merged.setdefault(path, data) != data:
+                text = f"{path} differs between ranks: it must be the same on all of them"
+                raise UsageError(text)
+    for part in sorted({part for documents in sent for part in documents.optimizers}):
+        decoded = [decode_document(d.optimizers[part], part) for d in sent if part in d.optimizers]
+        merged[join(part, GROUPS_NAME)] = encode_document(merge_optimizer_documents(decoded, part))
+    return merged
