@@ -51,7 +51,8 @@ class Held:
 
     def open(self) -> LocalBytes:
         """Return its bytes."""
-        return LocalBytes(self.tensor)
+        with torch.no_grad():
+            return LocalBytes(self.tensor)
 
 
 @dataclass

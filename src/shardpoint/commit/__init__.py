@@ -2,7 +2,7 @@
 
 from shardpoint.commit.attempt import Attempt
 from shardpoint.commit.ownership import RootOwner, acquire_root, owned_root
-from shardpoint.commit.publish import publish, publish_file
+from shardpoint.commit.publish import publish, publish_file, write_documents
 from shardpoint.commit.removal import prune
 from shardpoint.commit.visible import (
     CONTROL_DIRECTORY,
@@ -25,4 +25,5 @@ __all__ = [
     "publish",
     "publish_file",
     "read_manifest",
+    "write_documents",
 ]

@@ -22,12 +22,32 @@ from shardpoint.manifest import MANIFEST_NAME, Manifest, decode_manifest, encode
 from shardpoint.storage import SyncPoint
 
 
+def write_documents(attempt: Attempt, documents: Mapping[str, bytes]) -> None:
+    """Write files that no rank writes, each fsynced.
+
+    Args:
+        attempt: the attempt.
+        documents: path relative to the attempt -> contents.
+
+    Raises:
+        FencedError: another run took the root over.
+        StorageError: a write or an fsync failed.
+    """
+    try:
+        for path, data in documents.items():
+            attempt.store.write_document(f"{attempt.key}/{path}", data, SyncPoint.DOCUMENT)
+    except NotFoundError:
+        attempt.owner.check_alive(attempt.store)
+        raise
+
+
 def publish(attempt: Attempt, documents: Mapping[str, bytes], manifest: Manifest) -> None:
     """Commit an attempt whose tensor files are written and durable.
 
     Args:
         attempt: the attempt; its root is owned by this process.
-        documents: path relative to the attempt -> contents, for every file that no rank wrote.
+        documents: path relative to the attempt -> contents, for every file that no rank wrote and `write_documents` did
+            not either.
         manifest: complete.
 
     Raises:
@@ -43,9 +63,8 @@ def publish(attempt: Attempt, documents: Mapping[str, bytes], manifest: Manifest
     store, key = attempt.store, attempt.key
     sealed = encode_manifest(manifest)
     decode_manifest(sealed, MANIFEST_NAME)  # never commit what a reader would refuse
+    write_documents(attempt, documents)
     try:
-        for path, data in documents.items():
-            store.write_document(f"{key}/{path}", data, SyncPoint.DOCUMENT)
         store.write_document(f"{key}/{MANIFEST_NAME}", sealed, SyncPoint.MANIFEST)
         for directory in reversed(attempt.directories):
             store.sync_directory(f"{key}/{directory}", SyncPoint.SUBDIRECTORY)

@@ -94,7 +94,7 @@ def commit_votes(
     if request.as_file:
         commit_or_unknown(attempt, lambda: publish_file(attempt, layout.files[0].path))
     else:
-        commit_or_unknown(attempt, lambda: publish(attempt, documents, manifest))
+        commit_or_unknown(attempt, lambda: publish(attempt, {}, manifest))
     total = sum(entry.size_bytes for entry in files)
     notes = list(dict.fromkeys([*attempt.notes, *(note for ballot in ballots for note in ballot.notes)]))
     return Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, len(tensors), notes)

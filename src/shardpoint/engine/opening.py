@@ -169,24 +169,26 @@ def open_save(
     Collective:
         All ranks: two rounds.
     """
-    collected: Collected | None = None
+    collected: tuple[Collected, _Documents] | None = None
 
     def gather() -> StructureBallot:
         nonlocal collected
-        collected = request.collect()
-        table = digest_of(encode_table(collected.table))
-        documents = digest_of(msgspec.msgpack.encode(_own_documents(request, collected), order="sorted"))
-        return StructureBallot(table, cache.key_for(table), documents, _agreed_facts(request, collected), kernel_id())
+        own = request.collect()
+        documents = _own_documents(request, own)
+        collected = own, documents
+        table = digest_of(encode_table(own.table))
+        digest = digest_of(msgspec.msgpack.encode(documents, order="sorted"))
+        return StructureBallot(table, cache.key_for(table), digest, _agreed_facts(request, own), kernel_id())
 
     structure = agree(
         comm, "save: structure", gather, StructureBallot, lambda ballots: _structure(ballots, cache), StructureVerdict
     )
     assert collected is not None  # noqa: S101 - the round succeeded, so `gather` did
-    own = collected
+    own, documents = collected
     opened = agree(
         comm,
         "save: open",
-        lambda: _contribute(comm, request, own, structure),
+        lambda: _contribute(comm, own, documents, structure),
         _Contribution,
         lambda ballots: _open(store, comm, request, own, structure, ballots, cache, coordinator, listener),
         _Opened,
@@ -246,12 +248,12 @@ def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> Str
     return decide_structure(ballots, cache)
 
 
-def _contribute(comm: Comm, request: SaveRequest, own: Collected, structure: StructureVerdict) -> _Contribution:
+def _contribute(comm: Comm, own: Collected, documents: _Documents, structure: StructureVerdict) -> _Contribution:
     sends_table = any(comm.rank == sender for sender, _ in structure.table_senders)
     sends_documents = comm.rank in structure.document_senders
     return _Contribution(
         encode_table(own.table) if sends_table else b"",
-        _own_documents(request, own) if sends_documents else None,
+        documents if sends_documents else None,
     )
 
 
@@ -308,6 +310,9 @@ def _merge_documents(sent: Sequence[_Documents]) -> dict[str, bytes]:
                 text = f"{path} differs between ranks: it must be the same on all of them"
                 raise UsageError(text)
     for part in sorted({part for documents in sent for part in documents.optimizers}):
-        decoded = [decode_document(d.optimizers[part], part) for d in sent if part in d.optimizers]
-        merged[join(part, GROUPS_NAME)] = encode_document(merge_optimizer_documents(decoded, part))
+        encoded = list(dict.fromkeys(d.optimizers[part] for d in sent if part in d.optimizers))
+        if len(encoded) > 1:
+            decoded = [decode_document(document, part) for document in encoded]
+            encoded = [encode_document(merge_optimizer_documents(decoded, part))]
+        merged[join(part, GROUPS_NAME)] = encoded[0]
     return merged

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from shardpoint.adapters.collect import join
 from shardpoint.adapters.exchange import open_exchange
 from shardpoint.checksum import crc64, pack_partials, to_hex
 from shardpoint.comm import Comm
-from shardpoint.commit import RootOwner
+from shardpoint.commit import RootOwner, write_documents
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.committing import Committed, Written, commit_votes
 from shardpoint.engine.gathering import write_gathered
@@ -198,7 +199,11 @@ class SaveAttempt:
 
     def _write(self, comm: Comm, opened: OpenSave, staged: Iterable[StagedChunk]) -> Written:
         store, plan, sums = self._store, opened.plan, PieceSums()
-        with OpenFiles(store, opened.key, plan.layout) as files:
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="shardpoint-documents") as beside,
+            OpenFiles(store, opened.key, plan.layout) as files,
+        ):
+            documents = beside.submit(self._write_documents, opened)
             if opened.one_writer:
                 write_gathered(
                     files,
@@ -216,9 +221,16 @@ class SaveAttempt:
                 )
             else:
                 write_staged(files, staged, sums, self._pool, comm.progress)
-            notes = files.notes
+            entries, notes = documents.result(), files.notes
+        return Written(opened.attempt_id, pack_partials(sums.partials(opened.table)), entries, notes)
+
+    def _write_documents(self, opened: OpenSave) -> list[FileEntry]:
+        """Write this rank's documents, and on the coordinator those of the whole checkpoint; return the rank's."""
+        attempt = self._coordinator.attempt
+        if attempt is not None and not self._request.as_file:
+            write_documents(attempt, self._coordinator.documents)
         entries: list[FileEntry] = []
         for path, data in opened.own.rank_documents.items():
-            store.write_document(f"{opened.key}/{path}", data, SyncPoint.DOCUMENT)
+            self._store.write_document(f"{opened.key}/{path}", data, SyncPoint.DOCUMENT)
             entries.append(FileEntry(path, len(data), to_hex(crc64(data))))
-        return Written(opened.attempt_id, pack_partials(sums.partials(opened.table)), entries, notes)
+        return entries
