@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardpoint.adapters.state import RunState, TrainState
     from shardpoint.booster import Booster, DistCoordinator
-    from shardpoint.checkpointer import Checkpointer, PendingSave
+    from shardpoint.checkpointer import Checkpointer
     from shardpoint.ckpt_io import load_checkpoint, load_json, save_checkpoint, save_json
-    from shardpoint.engine import SaveResult
+    from shardpoint.engine import PendingSave, SaveResult
     from shardpoint.errors import (
         AlreadyExistsError,
         CheckpointError,
@@ -80,7 +80,7 @@ _HOMES = {
     "DistCoordinator": "shardpoint.booster",
     "Every": "shardpoint.policies",
     "Latest": "shardpoint.policies",
-    "PendingSave": "shardpoint.checkpointer",
+    "PendingSave": "shardpoint.engine",
     "RunState": "shardpoint.adapters.state",
     "SaveResult": "shardpoint.engine",
     "TrainState": "shardpoint.adapters.state",

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
-from shardpoint.adapters.c10d import open_comm
+from shardpoint.adapters.c10d import open_comm, own_comm
+from shardpoint.adapters.exchange import GlooExchange
+from shardpoint.adapters.staging import pinning
 from shardpoint.adapters.state import RunState, TrainState, as_roles
 from shardpoint.catalog import training_checkpoints
+from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, prune
 from shardpoint.engine import (
     BUDGET_BYTES,
+    BackgroundSaver,
     LoadResult,
-    SaveResult,
+    PendingSave,
     Source,
     StructureCache,
     Target,
@@ -29,37 +34,10 @@ from shardpoint.engine import (
     training_target,
 )
 from shardpoint.engine.ballots import agree
-from shardpoint.errors import CorruptionError, NotFoundError, UsageError
+from shardpoint.errors import CheckpointError, CorruptionError, NotFoundError, UsageError
 from shardpoint.events import Event, Listener, log_event
 from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep, save_is_due
 from shardpoint.storage import BufferPool, LocalStore, Store
-
-
-class PendingSave:
-    """A save that was asked for; already done when it was synchronous.
-
-    Args:
-        outcome: the result.
-    """
-
-    def __init__(self, outcome: SaveResult) -> None:
-        self._outcome = outcome
-
-    def done(self) -> bool:
-        """Return whether the save has ended."""
-        return True
-
-    def staged(self) -> None:
-        """Return once the trainer may change weights again."""
-
-    def result(self, timeout_s: float | None = None) -> SaveResult:
-        """Return the evidence of the committed save.
-
-        Args:
-            timeout_s: how long to wait, in seconds; None waits as long as it takes.
-        """
-        del timeout_s
-        return self._outcome
 
 
 class Checkpointer:
@@ -70,6 +48,15 @@ class Checkpointer:
         save: when to save; empty means at every call.
         keep: what to keep; empty means everything. The union of the policies is kept, and always the last one
             committed.
+        async_save: whether saves run behind the training. Then `save` returns when buffers, small tensors, param
+            groups, schedulers and random states are taken; all else is staged during the next forward and backward,
+            and a step of a `torch.optim.Optimizer` waits for what is not staged yet. Failures are told to the listener
+            and raised by `PendingSave.result`, and by `close` where nobody asked.
+        budget_bytes: host memory that a rank may stage in. None: 64 MiB, through which a save streams; with
+            `async_save` as much as the saves in flight need. A save in the background that is greater than its budget
+            makes steps wait for the disk.
+        max_in_flight: how many saves may be under way in the background.
+        when_busy: what a further save does: `"wait"` until one has ended, or `"skip"` it.
         store: where the bytes go, instead of the local directory `root`.
         listener: told of what happens; the default logs to the `shardpoint` logger.
 
@@ -100,15 +87,28 @@ class Checkpointer:
         *,
         save: Sequence[SavePolicy] = (),
         keep: Sequence[KeepPolicy] = (),
+        async_save: bool = False,
+        budget_bytes: int | None = None,
+        max_in_flight: int = 2,
+        when_busy: Literal["wait", "skip"] = "wait",
         store: Store | None = None,
         listener: Listener = log_event,
     ) -> None:
+        if max_in_flight < 1 or when_busy not in ("wait", "skip"):
+            text = f"max_in_flight must be at least 1, when_busy 'wait' or 'skip': got {max_in_flight}, {when_busy!r}"
+            raise UsageError(text)
+        if budget_bytes is None and not async_save:
+            budget_bytes = BUDGET_BYTES
         self._save_policies = tuple(save)
         self._keep_policies = tuple(keep)
         self._listener = listener
         self._comm = open_comm()
         self._cache = StructureCache()
-        self._pool = BufferPool(BUDGET_BYTES)
+        self._pool = BufferPool(budget_bytes, on_allocate=pinning())
+        self._max_in_flight = max_in_flight
+        self._when_busy = when_busy
+        self._background: BackgroundSaver | None = None
+        self._pending: list[PendingSave] = []
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._closed = False
@@ -125,6 +125,33 @@ class Checkpointer:
 
         agree(self._comm, "own the root", open_store, bool, own, bool)
         self._store: Store = opened[0]
+        if async_save:
+            self._background = self._open_background()
+
+    def _open_background(self) -> BackgroundSaver:
+        comms = own_comm(), own_comm()
+        exchange: list[GlooExchange] = []
+
+        def may_need_one(ballots: Sequence[bool]) -> bool:
+            return self._comm.world_size > 1 and any(ballots)
+
+        # Order: process groups are made by all ranks together, on the thread that the trainer uses.
+        if agree(self._comm, "files", lambda: self._store.shared_files != "any", bool, may_need_one, bool):
+            exchange.append(GlooExchange())
+        return BackgroundSaver(
+            self._store,
+            comms,
+            StructureCache(),
+            self._pool,
+            owner=self._owner,
+            listener=self._listener,
+            exchange=lambda: exchange[0],
+            after_commit=self._after_commit,
+        )
+
+    def _after_commit(self, comm: Comm) -> None:
+        if self._keep_policies:
+            agree(comm, "prune", lambda: True, bool, lambda _: self._prune(), bool)
 
     def __enter__(self) -> Self:
         return self
@@ -132,7 +159,12 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            error.add_note(f"a save in the background had failed too: {failed}")
 
     def save(
         self,
@@ -156,7 +188,8 @@ class Checkpointer:
             force: save whatever the policies say.
 
         Returns:
-            The save, done; or None when no policy wanted one.
+            The save, done unless it runs in the background; or None when no policy wanted one, or when too many are
+            under way and `when_busy` is `"skip"`.
 
         Raises:
             UsageError: an argument is wrong, the ranks disagree, or something in the state cannot be saved.
@@ -172,8 +205,14 @@ class Checkpointer:
             All ranks, with the same arguments but for `metrics`.
 
         Durability:
-            On return the checkpoint survives power loss. A checkpoint of the same name is replaced at once, or stands.
+            On return (of `PendingSave.result`, in the background) the checkpoint survives power loss. A checkpoint of
+            the same name is replaced at once, or stands.
+
+        Memory:
+            `budget_bytes`, up to 64 MiB of small tensors on the coordinator, and in the background 8 KiB for each
+            tensor.
         """
+        began = time.monotonic()
         self._check_open()
         refusal: UsageError | None = None
         try:
@@ -184,15 +223,48 @@ class Checkpointer:
             refusal, request = error, refused_request(error)
         if refusal is None or (type(step) is int and step >= 0):
             due = force or save_is_due(self._save_policies, step, self._previous_step)
+            if due and self._is_to_skip(request.name):
+                return None  # and the step is not counted as seen: the policy wants the next one
             self._previous_step = step
             if not due:
                 return None
+        if self._background is not None:
+            self._background.wait_for_room(self._max_in_flight)
+            roles = as_roles(state) if refusal is None else {}
+            pending = self._background.submit(request, roles, began)
+            self._remind()
+            self._pending.append(pending)
+            return pending
         outcome = save(
             self._store, self._comm, request, self._cache, pool=self._pool, owner=self._owner, listener=self._listener
         )
-        if self._keep_policies:
-            agree(self._comm, "prune", lambda: True, bool, lambda _: self._prune(), bool)
-        return PendingSave(outcome)
+        self._after_commit(self._comm)
+        return PendingSave.completed(outcome)
+
+    def _remind(self) -> None:
+        """Tell of earlier saves that failed in the background, and that nobody asked about; forget those that ended."""
+        for known in self._pending:
+            if known.failure is not None and not known.was_told:
+                self._tell("save_failed", f"the save of {known.name} had failed: {known.failure}", known.name)
+        self._pending = [known for known in self._pending if not known.done()]
+
+    def _is_to_skip(self, name: str) -> bool:
+        """Tell whether too many saves are under way, on any rank, for another."""
+        background = self._background
+        if background is None or self._when_busy == "wait":
+            return False
+        limit = self._max_in_flight
+        skipped = agree(
+            self._comm,
+            "save: room",
+            lambda: background.num_in_flight,
+            int,
+            lambda ballots: max(ballots) >= limit,
+            bool,
+        )
+        if skipped:
+            self._tell("save_skipped", f"{name} is not saved: {limit} saves are under way", name)
+        return skipped
 
     def resume(self, state: TrainState | Mapping[str, TrainState]) -> RunState | None:
         """Restore everything from the newest committed checkpoint.
@@ -218,6 +290,8 @@ class Checkpointer:
             All ranks.
         """
         self._check_open()
+        if self._background is not None:
+            self._background.wait()
         passed_over: list[CorruptionError | NotFoundError] = []
         tried: set[str] = set()
         while True:
@@ -254,15 +328,29 @@ class Checkpointer:
         return None
 
     def close(self) -> None:
-        """Give the root up, so that another run may own it; a second call does nothing.
+        """Wait for saves in the background, and give the root up, so that another run may own it.
+
+        A second call does nothing.
+
+        Raises:
+            CheckpointError: the last save failed in the background, and nobody asked for its result.
 
         Collective:
-            All ranks should close; none waits for another.
+            All ranks should close; none waits for another, but for saves that are under way.
         """
+        if self._closed:
+            return
         self._closed = True
+        if self._background is not None:
+            self._background.close()
+        else:
+            self._pool.close()
         owner, self._owner = self._owner, None
         if owner is not None:
             owner.release()
+        last = self._pending[-1] if self._pending else None
+        if last is not None and last.failure is not None and not last.was_told:
+            raise last.failure
 
     def _check_open(self) -> None:
         if self._closed:

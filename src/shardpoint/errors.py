@@ -15,6 +15,8 @@ CheckpointError(Exception)                       exit 1
 |-- UnsupportedFormatError                       exit 21
 |-- MismatchError                                exit 22
 |-- StorageError(OSError)                        exit 30
+|-- TornSnapshotError                            exit 14   weights changed while they were staged; nothing was committed
+|-- SaveCancelledError                           exit 15   a rank asked to give the save up; nothing was committed
 |-- DistributedError                             exit 40
 |   |-- PeerError
 |   `-- CollectiveTimeout(TimeoutError)
@@ -85,6 +87,18 @@ class TornCheckpointError(CheckpointError):
     """The directory was never committed: a save ended before its manifest was published."""
 
     exit_code = 12
+
+
+class TornSnapshotError(CheckpointError):
+    """Weights or optimizer states changed while they were staged behind the training; nothing was committed."""
+
+    exit_code = 14
+
+
+class SaveCancelledError(CheckpointError):
+    """A rank asked to give the save up; nothing was committed."""
+
+    exit_code = 15
 
 
 class RootBusyError(CheckpointError):

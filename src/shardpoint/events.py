@@ -17,8 +17,8 @@ class Event:
     """One thing that happened.
 
     Attributes:
-        kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"` or
-            `"rng_derived"`.
+        kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"`,
+            `"rng_derived"`, `"save_failed"` (in the background) or `"save_skipped"` (too many were under way).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.

@@ -27,6 +27,8 @@ SAMPLES: dict[str, CheckpointError] = {
             "NotFoundError",
             "AlreadyExistsError",
             "TornCheckpointError",
+            "TornSnapshotError",
+            "SaveCancelledError",
             "RootBusyError",
             "FencedError",
             "UnsupportedFormatError",

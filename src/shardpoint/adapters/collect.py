@@ -44,10 +44,12 @@ class Held:
     Attributes:
         tensor: the live tensor.
         region: the part.
+        is_stable: whether nothing but an optimizer's step changes it (parameters, optimizer states).
     """
 
     tensor: torch.Tensor
     region: Region
+    is_stable: bool = True
 
     def open(self) -> LocalBytes:
         """Return its bytes."""
@@ -71,6 +73,7 @@ class Collected:
         problems: for a load, what does not fit on this rank.
         missing: for a load, what this rank has beside its tensors and the checkpoint lacks.
         unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
+        stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
     """
 
     rank: int
@@ -84,6 +87,7 @@ class Collected:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
@@ -94,7 +98,17 @@ class Collected:
         """This rank's facts."""
         return Table(tuple(self._meshes), tuple(self._facts), tuple(self._members))
 
-    def _add(self, part: str, fqn: str, state: str | None, key: str, tensor: torch.Tensor, mesh: Mesh | None) -> None:
+    def _add(
+        self,
+        part: str,
+        fqn: str,
+        state: str | None,
+        key: str,
+        tensor: torch.Tensor,
+        mesh: Mesh | None,
+        *,
+        is_stable: bool = True,
+    ) -> None:
         place = f"{part}: {fqn}" + (f" [{state}]" if state is not None else "")
         layout = describe(tensor, mesh, place, self.rank)
         index = None if layout.mesh is None else self._meshes.setdefault(layout.mesh, len(self._meshes))
@@ -104,7 +118,7 @@ class Collected:
         self._facts.append(TensorFact(part, fqn, state, key, layout.dtype, layout.shape, index, layout.placements))
         self._names.add((part, key))
         if layout.region is not None:
-            self.held[part, key] = Held(tensor, layout.region)
+            self.held[part, key] = Held(tensor, layout.region, is_stable)
 
     def add_model(self, named: NamedModule, part: str, adapters: str, stem: str = "model") -> None:
         """Add a model's parameters and persistent buffers.
@@ -123,7 +137,7 @@ class Collected:
             if place.adapter is not None:
                 target = join(adapters, place.adapter)
                 self.naming.setdefault(target, PartNaming("adapter_model", single=True))
-            self._add(target, tensor.fqn, None, place.key, tensor.tensor, tensor.mesh)
+            self._add(target, tensor.fqn, None, place.key, tensor.tensor, tensor.mesh, is_stable=tensor.is_parameter)
 
     def add_model_documents(self, named: NamedModule, part: str, adapters: str, tokenizer: Any) -> None:
         """Add the files beside the weights; only the coordinator needs to."""
@@ -200,6 +214,7 @@ def _collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator
     for role, state in roles.items():
         modeling, adapters = join(role, "modeling"), join(role, "adapter")
         named = name_tensors(state.model)
+        collected.stepped[role] = named.names
         collected.add_model(named, modeling, adapters)
         collected.add_extra_state(named, modeling)
         if is_coordinator:

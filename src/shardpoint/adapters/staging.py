@@ -7,14 +7,14 @@ a trainer's stream may change the weights again once it waits for the landing's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from shardpoint.adapters.collect import Held
-from shardpoint.adapters.tensors import LocalBytes, local_tensor
+from shardpoint.adapters.tensors import LocalBytes
 from shardpoint.storage import Buffer, OnAllocate
 
 
@@ -91,15 +91,21 @@ class Copier:
             self._open[1].release()
             self._open = None
 
+    @contextmanager
+    def streams(self) -> Iterator[None]:
+        """Have what is done inside queued behind the copies so far."""
+        with ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
     def _on_stream(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._streams[device]) if device in self._streams else nullcontext()
 
 
-def pin_for(tensors: Iterable[torch.Tensor]) -> OnAllocate | None:
-    """Return what pins staging memory, where a tensor is on a GPU; None where none is."""
-    if not any(local_tensor(tensor).is_cuda for tensor in tensors):
-        return None
-    return pin
+def pinning() -> OnAllocate | None:
+    """Return what pins staging memory, where this process uses a GPU; None where it does not."""
+    return pin if torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
 def pin(address: int, num_bytes: int) -> Callable[[], None] | None:

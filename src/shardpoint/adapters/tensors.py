@@ -176,12 +176,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, sharing its memory."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    if not torch.is_grad_enabled():
-        return tensor.to_local()  # gives the part itself, at a fraction of the cost
-    return tensor.detach().to_local()
+    part: torch.Tensor = tensor.to_local()  # cheap where no gradients are recorded
+    return part.detach() if torch.is_grad_enabled() else part
 
 
-def _flat_bytes(local: torch.Tensor) -> torch.Tensor:
+def flat_bytes(local: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's memory as uint8 `[num_bytes]`, on its device."""
     if local.is_complex():
         local = torch.view_as_real(local)
@@ -203,7 +202,7 @@ class LocalBytes:
         self.num_bytes = self._local.numel() * self._local.element_size()
         plain = self._local.is_contiguous() and not self._local.is_conj() and not self._local.is_neg()
         self._in_place = plain and self._local.device.type == "cpu"
-        self._bytes: torch.Tensor | None = _flat_bytes(self._local) if self._in_place else None
+        self._bytes: torch.Tensor | None = flat_bytes(self._local) if self._in_place else None
         self._address: int | None = None
 
     @property
@@ -227,7 +226,7 @@ class LocalBytes:
             ctypes.memmove(buffer.address + buffer_offset, self._read_address() + byte_offset, num_bytes)
             return
         if self._bytes is None:
-            self._bytes = _flat_bytes(self._local.resolve_conj().resolve_neg().contiguous())
+            self._bytes = flat_bytes(self._local.resolve_conj().resolve_neg().contiguous())
         destination = torch.from_numpy(buffer.array[buffer_offset : buffer_offset + num_bytes])
         destination.copy_(self._bytes[byte_offset : byte_offset + num_bytes], non_blocking=True)
 
@@ -240,7 +239,7 @@ class LocalBytes:
         """Return the bytes, uint8 `[num_bytes]`, to read from."""
         if self._bytes is None:
             resolved = self._local.resolve_conj().resolve_neg().contiguous()
-            self._bytes = _flat_bytes(resolved.cpu())
+            self._bytes = flat_bytes(resolved.cpu())
         return self._bytes.numpy()
 
     def write_view(self) -> memoryview:
@@ -255,7 +254,7 @@ class LocalBytes:
             return
         if self._bytes is not None:
             staged = torch.empty(self._local.shape, dtype=self._local.dtype)
-            _flat_bytes(staged).copy_(self._bytes)
+            flat_bytes(staged).copy_(self._bytes)
             self._local.copy_(staged)
         self._bytes = None
 
@@ -275,14 +274,14 @@ def raw_tensor(tensor: torch.Tensor, place: str) -> RawTensor:
     ):
         return RawTensor("F32", (), tensor.detach().numpy().tobytes())  # every parameter's `step`: worth a short way
     local = local_tensor(tensor).resolve_conj().resolve_neg().contiguous().cpu()
-    return RawTensor(dtype_name(tensor.dtype, place), tuple(local.shape), _flat_bytes(local).numpy().tobytes())
+    return RawTensor(dtype_name(tensor.dtype, place), tuple(local.shape), flat_bytes(local).numpy().tobytes())
 
 
 def from_raw(raw: RawTensor) -> torch.Tensor:
     """Return the CPU tensor that `raw_tensor` described."""
     tensor = torch.empty(raw.shape, dtype=torch_dtype(raw.dtype))
     if raw.data:
-        _flat_bytes(tensor).copy_(torch.frombuffer(bytearray(raw.data), dtype=torch.uint8))
+        flat_bytes(tensor).copy_(torch.frombuffer(bytearray(raw.data), dtype=torch.uint8))
     return tensor
 
 

@@ -1,5 +1,6 @@
 """The order of work of a save and of a load. Import what it offers from here."""
 
+from shardpoint.engine.background import BackgroundSaver
 from shardpoint.engine.foreign import load_foreign, save_foreign
 from shardpoint.engine.load import Target, load
 from shardpoint.engine.opening import SaveRequest
@@ -14,6 +15,7 @@ from shardpoint.engine.parts import (
     save_optimizer_directory,
     save_optimizer_file,
 )
+from shardpoint.engine.pending import PendingSave
 from shardpoint.engine.results import LoadResult, SaveResult
 from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
 from shardpoint.engine.source import Source, open_committed, source_of
@@ -31,7 +33,9 @@ from shardpoint.engine.training import (
 
 __all__ = [
     "BUDGET_BYTES",
+    "BackgroundSaver",
     "LoadResult",
+    "PendingSave",
     "SaveAttempt",
     "SaveRequest",
     "SaveResult",

@@ -17,13 +17,23 @@ from shardpoint.errors import (
     CorruptionError,
     MismatchError,
     NotFoundError,
+    SaveCancelledError,
     TornCheckpointError,
+    TornSnapshotError,
     UnsupportedFormatError,
     revive,
     to_fields,
 )
 
-FINDINGS = (CorruptionError, MismatchError, NotFoundError, TornCheckpointError, UnsupportedFormatError)
+FINDINGS = (
+    CorruptionError,
+    MismatchError,
+    NotFoundError,
+    SaveCancelledError,
+    TornCheckpointError,
+    TornSnapshotError,
+    UnsupportedFormatError,
+)
 
 Ballot = TypeVar("Ballot")
 Verdict = TypeVar("Verdict")

@@ -8,7 +8,7 @@ know, and says so.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner, write_documents
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.committing import Committed, Written, commit_votes
-from shardpoint.engine.gathering import write_gathered
+from shardpoint.engine.gathering import ByteExchange, write_gathered
 from shardpoint.engine.opening import CoordinatorState, OpenSave, SaveRequest, open_save
 from shardpoint.engine.plans import make_plan
 from shardpoint.engine.results import SaveResult
@@ -79,7 +79,7 @@ def save(
         The pool's buffers, up to 64 MiB of small tensors on the coordinator, and a whole shard at a time for tensors
         that are not contiguous in host memory.
     """
-    attempt = SaveAttempt(store, request, cache, pool, owner, listener)
+    attempt = SaveAttempt(store, request, cache, pool, owner=owner, listener=listener)
     with attempt.abandoned_on_error():
         opened = attempt.open(comm)
         gather_small(comm, opened)
@@ -101,6 +101,7 @@ class SaveAttempt:
         pool: where staging memory comes from.
         owner: on the coordinator, the run's hold on the root, or None: the root is owned for this save only.
         listener: told of the commit.
+        exchange: gives the way between ranks, where each file has one writer.
     """
 
     def __init__(
@@ -109,8 +110,10 @@ class SaveAttempt:
         request: SaveRequest,
         cache: StructureCache,
         pool: BufferPool,
+        *,
         owner: RootOwner | None,
         listener: Listener,
+        exchange: Callable[[], ByteExchange] = open_exchange,
     ) -> None:
         self._store = store
         self._request = request
@@ -118,6 +121,7 @@ class SaveAttempt:
         self._pool = pool
         self._owner = owner
         self._listener = listener
+        self._exchange = exchange
         self._coordinator = CoordinatorState(owner)
         self._began = time.monotonic()
 
@@ -217,7 +221,7 @@ class SaveAttempt:
                     ],
                     num_files=len(plan.layout.files),
                     rank=comm.rank,
-                    exchange=open_exchange(),
+                    exchange=self._exchange(),
                 )
             else:
                 write_staged(files, staged, sums, self._pool, comm.progress)

@@ -1,0 +1,201 @@
+"""What a save that runs behind the training takes before it returns, and how it notices that weights changed too early.
+
+Between steps of an optimizer nothing changes parameters and optimizer states, so their bytes are staged while the next
+forward and backward run, and a step waits only for what is not staged yet (copy before write). What a forward may
+change (buffers), what is small, and what is not contiguous is copied at once.
+
+A torn snapshot, weights of one step with states of another, must never be committed. Tensors' version counters do not
+tell (fused and foreach steps do not move them), so every tensor that is staged later is sampled: 4 KiB spread over it,
+once before the save returns and once more when its role is staged. A step counter that moved tells too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from shardpoint.adapters.collect import Collected, Held
+from shardpoint.adapters.state import TrainState
+from shardpoint.adapters.tensors import flat_bytes, local_tensor
+from shardpoint.errors import TornSnapshotError
+
+SMALL_BYTES = 64 * 2**10
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 64
+_MAX_PROBES = 8
+
+Name = tuple[str, str]
+
+
+class Arena:
+    """Host memory for what is copied at once; used again by later saves, since fresh memory is slow to fill."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def rooms(self, sizes: Iterable[int]) -> list[torch.Tensor]:
+        """Return uint8 tensors of these sizes, side by side, each aligned to 64 bytes."""
+        sizes = list(sizes)
+        starts: list[int] = []
+        total = 0
+        for size in sizes:
+            starts.append(total)
+            total += -(-size // 64) * 64
+        if self._memory.numel() < total:
+            self._memory = torch.empty(total, dtype=torch.uint8)
+        return [self._memory[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+@dataclass
+class _Samples:
+    """A few bytes of each tensor of one role that are staged later, on one device."""
+
+    names: list[Name]
+    views: list[torch.Tensor]
+    before: torch.Tensor
+    after: torch.Tensor
+
+    def changed(self) -> list[Name]:
+        """Return the tensors whose sampled bytes are not what they were."""
+        torch._foreach_copy_(list(self.after.unbind()), self.views)
+        if torch.equal(self.before, self.after):
+            return []
+        differ = (self.before != self.after).flatten(1).any(1).tolist()
+        return [name for name, is_changed in zip(self.names, differ, strict=True) if is_changed]
+
+
+@dataclass
+class Snapshot:
+    """What was taken before the save returned, and what is to be compared before a step may run.
+
+    Attributes:
+        held: (part, key) -> what is to be staged: copies, and live tensors.
+        stepped: role -> ids of the tensors that a step of its optimizer changes.
+        samples: role -> a few bytes of what is staged later.
+        probes: role -> step counters on the host, with their values.
+    """
+
+    held: dict[Name, Held]
+    stepped: Mapping[str, Mapping[int, str]]
+    samples: dict[str, list[_Samples]] = field(default_factory=dict)
+    probes: dict[str, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
+
+    def roles_of(self, optimizer: Optimizer) -> list[str]:
+        """Return the roles that a step of this optimizer changes."""
+        return [
+            role
+            for role, ids in self.stepped.items()
+            if any(id(parameter) in ids for group in optimizer.param_groups for parameter in group["params"])
+        ]
+
+    def check(self, role: str) -> None:
+        """Compare a role's tensors with what they were when the save was asked for; they are all staged now.
+
+        Raises:
+            TornSnapshotError: something changed meanwhile.
+        """
+        moved = any(float(step.item()) != value for step, value in self.probes.get(role, ()))
+        with torch.no_grad():
+            changed = [name for samples in self.samples.get(role, ()) for name in samples.changed()]
+        if not moved and not changed:
+            return
+        what = "the optimizer's step counter moved on" if moved else f"{len(changed)} tensors changed"
+        first = f" (first {changed[0][0]}: {changed[0][1]})" if changed else ""
+        text = (
+            f"{what} before {role or 'the model'} was staged{first}: the snapshot is torn, nothing was committed. "
+            "Steps of a torch.optim.Optimizer wait by themselves; before anything else changes weights (an average of "
+            "weights, merging an adapter, syncing a model), call `pending.staged()`"
+        )
+        raise TornSnapshotError(text)
+
+
+def role_of(part: str, roles: Iterable[str]) -> str:
+    """Return the role that a part of a checkpoint belongs to."""
+    first = part.partition("/")[0]
+    return first if first in roles else ""
+
+
+def take_snapshot(collected: Collected, roles: Mapping[str, TrainState], arena: Arena) -> Snapshot:
+    """Copy what must not wait, and sample what may.
+
+    Args:
+        collected: this rank's tensors.
+        roles: role -> state.
+        arena: where the copies go; nothing of an earlier snapshot may still be in it.
+
+    Memory:
+        The buffers, tensors up to 64 KiB, and 8 KiB for each other tensor.
+    """
+    snapshot = Snapshot(dict(collected.held), collected.stepped)
+    with torch.no_grad():
+        later = _copy_now(snapshot, collected, arena)
+        _sample(snapshot, later, roles)
+    for role, state in roles.items():
+        snapshot.probes[role] = list(_probes(state.optimizer))
+    return snapshot
+
+
+def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tuple[Name, torch.Tensor]]:
+    """Copy what must not wait; return the others with their local tensors."""
+    now: list[tuple[Name, Held, torch.Tensor]] = []
+    later: list[tuple[Name, torch.Tensor]] = []
+    for name, held in collected.held.items():
+        local = local_tensor(held.tensor)
+        num_bytes = local.numel() * local.element_size()
+        is_plain = local.is_contiguous() and not local.is_conj() and not local.is_neg()
+        if held.is_stable and is_plain and num_bytes > SMALL_BYTES:
+            later.append((name, local))
+            continue
+        plain = local if is_plain else local.resolve_conj().resolve_neg().contiguous()
+        now.append((name, held, flat_bytes(plain)))
+    rooms = arena.rooms(source.numel() for _, _, source in now)
+    if rooms:
+        torch._foreach_copy_(rooms, [source for _, _, source in now])
+    for (name, held, _), room in zip(now, rooms, strict=True):
+        snapshot.held[name] = replace(held, tensor=room)
+    return later
+
+
+def _sample(snapshot: Snapshot, later: list[tuple[Name, torch.Tensor]], roles: Mapping[str, TrainState]) -> None:
+    by_place: dict[tuple[str, torch.device], list[tuple[Name, torch.Tensor]]] = {}
+    for name, local in later:
+        by_place.setdefault((role_of(name[0], roles), local.device), []).append((name, local))
+    for (role, device), members in by_place.items():
+        views = [_spread(flat_bytes(local)) for _, local in members]
+        before = torch.empty((len(views), NUM_SAMPLES, SAMPLE_BYTES), dtype=torch.uint8, device=device)
+        torch._foreach_copy_(list(before.unbind()), views)
+        samples = _Samples([name for name, _ in members], views, before, torch.empty_like(before))
+        snapshot.samples.setdefault(role, []).append(samples)
+
+
+def _spread(flat: torch.Tensor) -> torch.Tensor:
+    """Return 64 times 64 bytes spread over a tensor of more than 64 KiB, sharing its memory."""
+    step = (flat.numel() - SAMPLE_BYTES) // (NUM_SAMPLES - 1)
+    return flat.as_strided((NUM_SAMPLES, SAMPLE_BYTES), (step, 1))
+
+
+def _probes(optimizer: Any) -> Iterator[tuple[torch.Tensor, float]]:
+    """Yield step counters on the host, with their values now."""
+    found = 0
+    for state in getattr(optimizer, "state", {}).values():
+        step = state.get("step") if isinstance(state, dict) else None
+        if type(step) is torch.Tensor and step.device.type == "cpu" and step.numel() == 1:
+            yield step, float(step.item())
+            found += 1
+            if found == _MAX_PROBES:
+                return
+
+
+def hook_steps(before: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Have a function called before every step of every `torch.optim.Optimizer`; return what `remove` ends it with."""
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        before(optimizer)
+
+    return register_optimizer_step_pre_hook(hook)
