@@ -27,11 +27,10 @@ from shardpoint.adapters.state import TrainState
 from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner
 from shardpoint.engine.gathering import ByteExchange
-from shardpoint.engine.opening import OpenSave, SaveRequest
+from shardpoint.engine.opening import AgreedSave, SaveRequest
 from shardpoint.engine.pending import PendingSave
 from shardpoint.engine.results import SaveResult
 from shardpoint.engine.save import SaveAttempt
-from shardpoint.engine.small import gather_small
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.writing import StagedChunk, stage_chunk
 from shardpoint.errors import SaveCancelledError, UsageError
@@ -57,7 +56,7 @@ class _Job:
     landings: dict[str, Landing] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
     changed: threading.Condition = field(default_factory=threading.Condition)
-    opened: OpenSave | None = None
+    agreed: AgreedSave | None = None
     is_staged: bool = False
     has_failed: bool = False
 
@@ -241,16 +240,13 @@ class BackgroundSaver:
     def _run_stager(self) -> None:
         while (job := self._to_stage.get()) is not None:
             try:
-                self._wait_for_namesake(job)
-                job.opened = job.attempt.open(self._stage_comm)
-                gather_small(self._stage_comm, job.opened)
+                agreed = job.agreed = job.attempt.agree(self._stage_comm)
             except BaseException as error:  # noqa: BLE001 - told by `result`; the round failed on every rank alike
-                job.attempt.abandon(error)
                 self._end(job, error)
                 continue
             self._to_write.put(job)
             try:
-                self._stage(job, job.opened)
+                self._stage(job, agreed)
             except BaseException as error:  # noqa: BLE001 - voted in the last round
                 job.staged.put(error)
             else:
@@ -260,17 +256,9 @@ class BackgroundSaver:
                 self._pool.wake()
         self._to_write.put(None)
 
-    def _wait_for_namesake(self, job: _Job) -> None:
-        """A save that replaces one still under way opens its attempt when that one has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._first_of(job.pending.name) is job)
-
-    def _first_of(self, name: str) -> _Job | None:
-        return next((job for job in self._jobs if job.pending.name == name), None)
-
-    def _stage(self, job: _Job, opened: OpenSave) -> None:
-        snapshot, table, chunks = job.snapshot, opened.table, opened.plan.chunks
-        assert snapshot is not None  # noqa: S101 - the attempt is open, so collecting succeeded here
+    def _stage(self, job: _Job, agreed: AgreedSave) -> None:
+        snapshot, table, chunks = job.snapshot, agreed.table, agreed.plan.chunks
+        assert snapshot is not None  # noqa: S101 - the ranks agreed, so collecting succeeded here
         roles = list(snapshot.stepped)
         left = [
             frozenset(role_of(table.entries[piece.entry].part, roles) for piece in chunk.pieces) for chunk in chunks
@@ -279,7 +267,7 @@ class BackgroundSaver:
         for role in roles:
             if role not in last:  # this rank writes nothing of it
                 job.release(role, Landing())
-        copier = Copier(opened.own.held)
+        copier = Copier(agreed.own.held)
         try:
             for number, chunk in enumerate(chunks):
                 if job.has_failed or job.pending.is_cancelled:
@@ -301,11 +289,12 @@ class BackgroundSaver:
 
     def _run_writer(self) -> None:
         while (job := self._to_write.get()) is not None:
-            assert job.opened is not None  # noqa: S101 - the stager opened it
+            assert job.agreed is not None  # noqa: S101 - the stager agreed with its peers
             try:
-                # Staging has the disk's and the cores' time first: it is what a step may have to wait for.
+                # Staging has the cores' and the memory's time first: it is what a step may have to wait for.
                 self._pool.wait_until(job.has_ended_staging)
-                result = job.attempt.commit(self._write_comm, job.opened, self._chunks(job))
+                opened = job.attempt.open(self._write_comm, job.agreed)
+                result = job.attempt.commit(self._write_comm, job.agreed, opened, self._chunks(job))
                 self._after_commit(self._write_comm)
             except BaseException as error:  # noqa: BLE001 - told by `result`
                 job.has_failed = True
@@ -333,7 +322,7 @@ class BackgroundSaver:
             except queue.Empty:
                 continue
             if isinstance(item, StagedChunk):
-                self._pool.release(item.buffer)
+                item.release()
 
     def _end(self, job: _Job, outcome: SaveResult | BaseException) -> None:
         job.end_staging()

@@ -18,7 +18,7 @@ from typing import Protocol
 from shardpoint.engine.writing import OpenFiles, PieceSums, StagedChunk
 from shardpoint.errors import DistributedError
 from shardpoint.planning import Chunk
-from shardpoint.storage import Buffer, BufferPool
+from shardpoint.storage import Buffer
 
 
 class ByteExchange(Protocol):
@@ -42,7 +42,7 @@ def write_gathered(
     files: OpenFiles,
     staged: Iterable[StagedChunk],
     sums: PieceSums,
-    pool: BufferPool,
+    room_bytes: int,
     progress: Callable[[int], None],
     *,
     chunks_of: Sequence[Sequence[Chunk]],
@@ -56,7 +56,7 @@ def write_gathered(
         files: the attempt's files.
         staged: this rank's chunks, in the order of the files.
         sums: given every piece's checksum.
-        pool: the buffers go back to it.
+        room_bytes: the greatest chunk.
         progress: told of each chunk's bytes.
         chunks_of: what each rank writes, by rank.
         num_files: the number of tensor files.
@@ -76,7 +76,8 @@ def write_gathered(
     Memory:
         One buffer more than what stages.
     """
-    run = _Gathering(files, sums, pool, progress, exchange, _by_file(staged))
+    by_file = _ByFile(staged)
+    run = _Gathering(files, sums, room_bytes, progress, exchange, by_file.of_file)
     try:
         for file in range(num_files):
             writer = writer_of(file, len(chunks_of))
@@ -89,6 +90,7 @@ def write_gathered(
                 else:
                     run.receive([chunk for chunk in chunks if chunk.file == file], sender)
     finally:
+        by_file.close()
         if run.room is not None:
             run.room.close()
     if run.failure is not None:
@@ -96,23 +98,28 @@ def write_gathered(
     files.sync(progress)
 
 
-def _by_file(staged: Iterable[StagedChunk]) -> Callable[[int], Iterator[StagedChunk]]:
-    """Return what gives the staged chunks of one file, the files being asked for in order."""
-    waiting: list[StagedChunk] = []
-    source = iter(staged)
+class _ByFile:
+    """Gives the staged chunks of one file after another; holds the first one of the next file."""
 
-    def of_file(file: int) -> Iterator[StagedChunk]:
+    def __init__(self, staged: Iterable[StagedChunk]) -> None:
+        self._source = iter(staged)
+        self._next: StagedChunk | None = None
+
+    def of_file(self, file: int) -> Iterator[StagedChunk]:
+        """Yield the chunks of a file; files are asked for in order."""
         while True:
-            if not waiting:
-                following = next(source, None)
-                if following is None:
-                    return
-                waiting.append(following)
-            if waiting[0].chunk.file != file:
+            if self._next is None:
+                self._next = next(self._source, None)
+            if self._next is None or self._next.chunk.file != file:
                 return
-            yield waiting.pop()
+            item, self._next = self._next, None
+            yield item
 
-    return of_file
+    def close(self) -> None:
+        """Give back what it holds."""
+        if self._next is not None:
+            self._next.release()
+            self._next = None
 
 
 @dataclass
@@ -121,7 +128,7 @@ class _Gathering:
 
     files: OpenFiles
     sums: PieceSums
-    pool: BufferPool
+    room_bytes: int
     progress: Callable[[int], None]
     exchange: ByteExchange
     of_file: Callable[[int], Iterator[StagedChunk]]
@@ -154,7 +161,7 @@ class _Gathering:
         if not chunks:
             return
         # Order: not from the pool. All of its buffers may hold chunks that this rank sends later.
-        room = self.room = self.room or Buffer(self.pool.buffer_bytes)
+        room = self.room = self.room or Buffer(self.room_bytes)
         for chunk in chunks:
             for extent in chunk.extents:
                 place = slice(extent.buffer_offset, extent.buffer_offset + extent.num_bytes)
@@ -177,7 +184,7 @@ class _Gathering:
                         self.sums.take(item)
                     yield item.chunk, item.buffer.array.data
                 finally:
-                    self.pool.release(item.buffer)
+                    item.release()
         except Exception as error:  # noqa: BLE001 - raised at the end, when no rank waits for this one any more
             self._fail(error)
 

@@ -1,4 +1,7 @@
-"""How the ranks come to write into one attempt: they agree on the structure, and the coordinator opens the attempt."""
+"""How the ranks come to write into one attempt: they agree on the structure, and the coordinator opens the attempt.
+
+Two steps, since what is staged follows from the structure alone: a save behind the training stages after the first.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from shardpoint.engine.structure import (
     StructureVerdict,
     decide_structure,
     digest_of,
-    merge_sent,
+    exchange_tables,
     settle,
 )
-from shardpoint.errors import UsageError
+from shardpoint.errors import DistributedError, UsageError
 from shardpoint.events import Listener
 from shardpoint.manifest import decode_document, encode_document
 from shardpoint.planning import (
@@ -30,7 +33,6 @@ from shardpoint.planning import (
     MergedTable,
     PartNaming,
     encode_table,
-    gathered_entries,
     index_document,
     merge_optimizer_documents,
 )
@@ -64,7 +66,7 @@ class SaveRequest:
     as_file: bool = False
 
 
-class _Documents(msgspec.Struct, frozen=True):
+class Documents(msgspec.Struct, frozen=True):
     """A rank's documents: those that must be equal, and its optimizers' by part."""
 
     shared: dict[str, bytes]
@@ -72,8 +74,7 @@ class _Documents(msgspec.Struct, frozen=True):
 
 
 class _Contribution(msgspec.Struct, frozen=True):
-    table: bytes = b""
-    documents: _Documents | None = None
+    documents: Documents | None
 
 
 class _Opened(msgspec.Struct, frozen=True):
@@ -81,9 +82,83 @@ class _Opened(msgspec.Struct, frozen=True):
     attempt_id: str
     merged: bytes
     layout: bytes
-    tables: list[tuple[list[int], bytes]]
     gathers_small: bool
     one_writer: bool
+
+
+@dataclass(frozen=True)
+class AgreedSave:
+    """A structure that all ranks agreed on.
+
+    Attributes:
+        own: what this rank collected.
+        documents: this rank's, encoded.
+        document_senders: the ranks whose documents differ from those of every lower one.
+        one_host: whether all ranks run on one kernel.
+        planned: the merged table and what this rank does; or why this rank cannot take part, which its next round says.
+    """
+
+    own: Collected
+    documents: Documents
+    document_senders: list[int]
+    one_host: bool
+    planned: tuple[MergedTable, SavePlan] | Exception
+
+    @property
+    def table(self) -> MergedTable:
+        """The merged table; raises what planning raised."""
+        return self._planned()[0]
+
+    @property
+    def plan(self) -> SavePlan:
+        """What this rank does; raises what planning raised."""
+        return self._planned()[1]
+
+    def _planned(self) -> tuple[MergedTable, SavePlan]:
+        if isinstance(self.planned, Exception):
+            raise self.planned
+        return self.planned
+
+
+@dataclass(frozen=True)
+class OpenSave:
+    """An attempt that is open on every rank.
+
+    Attributes:
+        key: where it is, relative to the root.
+        attempt_id: 32 hex digits.
+        merged: digest of the coordinator's merged table.
+        layout: digest of the coordinator's layout.
+        gathers_small: whether the coordinator gathers small tensors, in a round of its own.
+        one_writer: whether each file has one writer.
+    """
+
+    key: str
+    attempt_id: str
+    merged: bytes
+    layout: bytes
+    gathers_small: bool
+    one_writer: bool
+
+    def check(self, agreed: AgreedSave, rank: int) -> None:
+        """Compare what this rank planned with what the coordinator did; in a round.
+
+        Raises:
+            UsageError: this rank lays out files differently.
+            DistributedError: its merged table differs.
+        """
+        if agreed.table.digest != self.merged:
+            text = (
+                f"rank {rank}'s merged table of tensors is not the coordinator's: the ranks run different releases, "
+                "or a bug"
+            )
+            raise DistributedError(text)
+        if agreed.plan.layout.digest != self.layout:
+            text = (
+                f"rank {rank} lays out the files differently than the coordinator: give all ranks the same largest "
+                "file size, variant and adapters"
+            )
+            raise UsageError(text)
 
 
 @dataclass
@@ -105,71 +180,23 @@ class CoordinatorState:
     documents: dict[str, bytes] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class OpenSave:
-    """An attempt that is open on every rank.
-
-    Attributes:
-        key: where it is, relative to the root.
-        attempt_id: 32 hex digits.
-        own: what this rank collected.
-        gathers_small: whether the coordinator gathers small tensors, in a round of its own.
-        one_writer: whether each file has one writer.
-        planned: the merged table and what this rank does; or why this rank cannot take part, which its next round says.
-    """
-
-    key: str
-    attempt_id: str
-    own: Collected
-    gathers_small: bool
-    one_writer: bool
-    planned: tuple[MergedTable, SavePlan] | Exception
-
-    @property
-    def table(self) -> MergedTable:
-        """The merged table; raises what planning raised."""
-        return self._planned()[0]
-
-    @property
-    def plan(self) -> SavePlan:
-        """What this rank does; raises what planning raised."""
-        return self._planned()[1]
-
-    def _planned(self) -> tuple[MergedTable, SavePlan]:
-        if isinstance(self.planned, Exception):
-            raise self.planned
-        return self.planned
-
-
-def open_save(
-    store: Store,
-    comm: Comm,
-    request: SaveRequest,
-    cache: StructureCache,
-    coordinator: CoordinatorState,
-    buffer_bytes: int,
-    listener: Listener,
-) -> OpenSave:
-    """Collect, agree on the structure and open the attempt.
+def agree_on_structure(comm: Comm, request: SaveRequest, cache: StructureCache, buffer_bytes: int) -> AgreedSave:
+    """Collect, and agree on the structure.
 
     Args:
-        store: the root.
         comm: the ranks.
         request: what to save.
         cache: this process's.
-        coordinator: filled on the coordinator; whoever calls abandons its attempt if anything fails later.
         buffer_bytes: the size of a staging buffer.
-        listener: told what is found in the root.
 
     Raises:
         UsageError: the ranks asked for different saves, or something cannot be saved.
-        RootBusyError: another living run owns the root.
         PeerError: a rank failed.
 
     Collective:
-        All ranks: two rounds.
+        All ranks: one round, and one more where a rank's structure is new.
     """
-    collected: tuple[Collected, _Documents] | None = None
+    collected: tuple[Collected, Documents] | None = None
 
     def gather() -> StructureBallot:
         nonlocal collected
@@ -185,16 +212,9 @@ def open_save(
     )
     assert collected is not None  # noqa: S101 - the round succeeded, so `gather` did
     own, documents = collected
-    opened = agree(
-        comm,
-        "save: open",
-        lambda: _contribute(comm, own, documents, structure),
-        _Contribution,
-        lambda ballots: _open(store, comm, request, own, structure, ballots, cache, coordinator, listener),
-        _Opened,
-    )
-    planned = _planned(comm, request, own, structure, opened, cache, buffer_bytes)
-    return OpenSave(opened.key, opened.attempt_id, own, opened.gathers_small, opened.one_writer, planned)
+    tables = exchange_tables(comm, "save: tables", own.table, structure)
+    planned = _planned(comm, request, own, structure, tables, cache, buffer_bytes)
+    return AgreedSave(own, documents, structure.document_senders, structure.one_host, planned)
 
 
 def _planned(
@@ -202,28 +222,66 @@ def _planned(
     request: SaveRequest,
     own: Collected,
     structure: StructureVerdict,
-    opened: _Opened,
+    tables: list[tuple[list[int], bytes]],
     cache: StructureCache,
     buffer_bytes: int,
 ) -> tuple[MergedTable, SavePlan] | Exception:
     """Return what this rank does, or an error. Order: never raised between rounds; the others would wait for us."""
     try:
-        merged = settle(cache, structure, own.table, opened.tables, opened.merged, comm.world_size)
+        merged = settle(cache, structure, own.table, tables, None, comm.world_size)
         plan = cache.plans.plan(merged, _naming(own, merged), request.max_file_bytes, comm.rank, buffer_bytes)
-        if plan.layout.digest != opened.layout:
-            text = (
-                f"rank {comm.rank} lays out the files of {request.name} differently than the coordinator: give all "
-                "ranks the same largest file size, variant and adapters"
-            )
-            return UsageError(text)
     except Exception as error:  # noqa: BLE001 - see above
         return error
     return merged, plan
 
 
-def _own_documents(request: SaveRequest, collected: Collected) -> _Documents:
+def open_save(
+    store: Store,
+    comm: Comm,
+    request: SaveRequest,
+    agreed: AgreedSave,
+    coordinator: CoordinatorState,
+    listener: Listener,
+) -> OpenSave:
+    """Open the attempt.
+
+    Args:
+        store: the root.
+        comm: the ranks.
+        request: what to save.
+        agreed: the structure.
+        coordinator: filled on the coordinator; whoever calls abandons its attempt if anything fails later.
+        listener: told what is found in the root.
+
+    Raises:
+        UsageError: documents differ between ranks that must not.
+        RootBusyError: another living run owns the root.
+        PeerError: a rank failed.
+
+    Collective:
+        All ranks: one round.
+    """
+
+    def contribute() -> _Contribution:
+        agreed.plan  # noqa: B018 - raises what planning raised
+        return _Contribution(agreed.documents if comm.rank in agreed.document_senders else None)
+
+    opened = agree(
+        comm,
+        "save: open",
+        contribute,
+        _Contribution,
+        lambda ballots: _open(store, comm, request, agreed, ballots, coordinator, listener),
+        _Opened,
+    )
+    return OpenSave(
+        opened.key, opened.attempt_id, opened.merged, opened.layout, opened.gathers_small, opened.one_writer
+    )
+
+
+def _own_documents(request: SaveRequest, collected: Collected) -> Documents:
     optimizers = {part: encode_document(value) for part, value in collected.optimizer_documents.items()}
-    return _Documents({**collected.documents, **request.documents}, optimizers)
+    return Documents({**collected.documents, **request.documents}, optimizers)
 
 
 def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
@@ -248,32 +306,17 @@ def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> Str
     return decide_structure(ballots, cache)
 
 
-def _contribute(comm: Comm, own: Collected, documents: _Documents, structure: StructureVerdict) -> _Contribution:
-    sends_table = any(comm.rank == sender for sender, _ in structure.table_senders)
-    sends_documents = comm.rank in structure.document_senders
-    return _Contribution(
-        encode_table(own.table) if sends_table else b"",
-        documents if sends_documents else None,
-    )
-
-
 def _open(
     store: Store,
     comm: Comm,
     request: SaveRequest,
-    own: Collected,
-    structure: StructureVerdict,
-    ballots: Sequence[_Contribution],
-    cache: StructureCache,
+    agreed: AgreedSave,
+    sent: Sequence[_Contribution],
     coordinator: CoordinatorState,
     listener: Listener,
 ) -> _Opened:
-    tables = [(ranks, ballots[sender].table) for sender, ranks in structure.table_senders]
-    merged = merge_sent(tables, comm.world_size) if tables else cache.get(structure.key)
-    assert merged is not None  # noqa: S101 - `decide_structure` asks for tables unless they are cached
-    layout = cache.plans.layout(merged, _naming(own, merged), request.max_file_bytes)
-    sent = [ballots[rank].documents for rank in structure.document_senders]
-    coordinator.documents = _merge_documents([documents for documents in sent if documents is not None])
+    own, merged, layout = agreed.own, agreed.table, agreed.plan.layout
+    coordinator.documents = _merge_documents([one.documents for one in sent if one.documents is not None])
     coordinator.documents |= own.coordinator_documents
     for part, naming in own.naming.items():
         if not naming.single and any(file.part == part for file in layout.files):
@@ -291,10 +334,11 @@ def _open(
     )
     coordinator.merged, coordinator.layout = merged, layout
     sharing = store.shared_files
-    one_writer = comm.world_size > 1 and (sharing == "never" or (sharing == "one_host" and not structure.one_host))
-    small = bool(gathered_entries(merged))
+    one_writer = comm.world_size > 1 and (sharing == "never" or (sharing == "one_host" and not agreed.one_host))
     attempt = coordinator.attempt
-    return _Opened(attempt.key, attempt.attempt_id, merged.digest, layout.digest, tables, small, one_writer)
+    return _Opened(
+        attempt.key, attempt.attempt_id, merged.digest, layout.digest, bool(agreed.plan.gathered), one_writer
+    )
 
 
 def _naming(own: Collected, merged: MergedTable) -> dict[str, PartNaming]:
@@ -302,7 +346,7 @@ def _naming(own: Collected, merged: MergedTable) -> dict[str, PartNaming]:
     return {part: naming for part, naming in own.naming.items() if naming.single or part in filled}
 
 
-def _merge_documents(sent: Sequence[_Documents]) -> dict[str, bytes]:
+def _merge_documents(sent: Sequence[Documents]) -> dict[str, bytes]:
     merged: dict[str, bytes] = {}
     for documents in sent:
         for path, data in documents.shared.items():

@@ -7,6 +7,7 @@ placements, meshes, world), the files' names and greatest size, the rank, and th
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from shardpoint.planning import (
     plan_files,
     split_items,
     tabulate_runs,
+    whole_items,
 )
 
 MAX_CACHED = 8
@@ -40,6 +42,7 @@ class SavePlan:
     Attributes:
         layout: all files.
         chunks: what this rank stages and writes, in order.
+        small_chunks: on the coordinator, the gathered tensors, which it stages and writes once it has them.
         gathered: the small tensors whose parts go to the coordinator, by index.
         sent_runs: this rank's runs of them, as they travel.
         sent_local: (entry, offset in the shard, length) of each of these runs.
@@ -47,17 +50,30 @@ class SavePlan:
 
     layout: Layout
     chunks: list[Chunk]
+    small_chunks: list[Chunk]
     gathered: tuple[int, ...]
     sent_runs: RunTable
     sent_local: list[tuple[int, int, int]]
+
+    def all_chunks(self) -> list[Chunk]:
+        """Return what this rank writes, in the order of files; of one file the small tensors come last."""
+        return list(heapq.merge(self.chunks, self.small_chunks, key=lambda chunk: chunk.file))
 
 
 def make_plan(table: MergedTable, layout: Layout, rank: int, buffer_bytes: int) -> SavePlan:
     """Plan one rank's part."""
     gathered = gathered_entries(table)
-    written, sent = split_items(table, owned_items(table, rank), gathered, is_coordinator=rank == 0)
+    written, sent = split_items(owned_items(table, rank), gathered)
+    small = whole_items(table, gathered) if rank == 0 else []
     runs, local = tabulate_runs(table, sent)
-    return SavePlan(layout, plan_chunks(table, layout, written, buffer_bytes), gathered, runs, local)
+    return SavePlan(
+        layout,
+        plan_chunks(table, layout, written, buffer_bytes),
+        plan_chunks(table, layout, small, buffer_bytes),
+        gathered,
+        runs,
+        local,
+    )
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """In which order a save happens: collect, agree on the structure, open the attempt, write, vote, commit.
 
-Three rounds, and one more where small tensors are gathered. Whatever goes wrong before the last is decided, on any
-rank, fails all ranks, and the previous checkpoint stands. A rank that voted in the last and heard no verdict does not
-know, and says so.
+Three rounds, and one more each where a structure is new and where small tensors are gathered. Whatever goes wrong
+before the last is decided, on any rank, fails all ranks, and the previous checkpoint stands. A rank that voted in the
+last and heard no verdict does not know, and says so.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
-from shardpoint.adapters.collect import join
+from shardpoint.adapters.collect import Held, join
 from shardpoint.adapters.exchange import open_exchange
 from shardpoint.checksum import crc64, pack_partials, to_hex
 from shardpoint.comm import Comm
@@ -20,12 +20,19 @@ from shardpoint.commit import RootOwner, write_documents
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.committing import Committed, Written, commit_votes
 from shardpoint.engine.gathering import ByteExchange, write_gathered
-from shardpoint.engine.opening import CoordinatorState, OpenSave, SaveRequest, open_save
+from shardpoint.engine.opening import (
+    AgreedSave,
+    CoordinatorState,
+    OpenSave,
+    SaveRequest,
+    agree_on_structure,
+    open_save,
+)
 from shardpoint.engine.plans import make_plan
 from shardpoint.engine.results import SaveResult
 from shardpoint.engine.small import gather_small
 from shardpoint.engine.structure import StructureCache
-from shardpoint.engine.writing import OpenFiles, PieceSums, StagedChunk, stage_chunks, write_staged
+from shardpoint.engine.writing import OpenFiles, PieceSums, StagedChunk, in_file_order, stage_chunks, write_staged
 from shardpoint.errors import CollectiveTimeout, CommitUnknownError
 from shardpoint.events import Event, Listener, log_event
 from shardpoint.manifest import FileEntry
@@ -70,7 +77,7 @@ def save(
         CommitUnknownError: this rank voted and heard no verdict.
 
     Collective:
-        All ranks: three rounds, and one more where small tensors are gathered.
+        All ranks: three rounds, and one more each where the structure is new and where small tensors are gathered.
 
     Durability:
         On return the checkpoint is committed and survives power loss.
@@ -81,14 +88,11 @@ def save(
     """
     attempt = SaveAttempt(store, request, cache, pool, owner=owner, listener=listener)
     with attempt.abandoned_on_error():
-        opened = attempt.open(comm)
-        gather_small(comm, opened)
-        return attempt.commit(comm, opened, _stage(opened, pool))
-
-
-def _stage(opened: OpenSave, pool: BufferPool) -> Iterator[StagedChunk]:
-    """Stage chunk by chunk. Order: the plan is looked at in the round, where its error is this rank's vote."""
-    yield from stage_chunks(opened.table, opened.plan.chunks, opened.own.held, pool)
+        agreed = attempt.agree(comm)
+        opened = attempt.open(comm, agreed)
+        return attempt.commit(
+            comm, agreed, opened, stage_chunks(agreed.table, agreed.plan.chunks, agreed.own.held, pool)
+        )
 
 
 class SaveAttempt:
@@ -123,6 +127,7 @@ class SaveAttempt:
         self._listener = listener
         self._exchange = exchange
         self._coordinator = CoordinatorState(owner)
+        self._small: dict[tuple[str, str], Held] = {}
         self._began = time.monotonic()
 
     @contextmanager
@@ -147,23 +152,22 @@ class SaveAttempt:
         if self._coordinator.owner is not None and self._owner is None:
             self._coordinator.owner.release()
 
-    def open(self, comm: Comm) -> OpenSave:
-        """Run the first two rounds; raises as `open_save`."""
-        return open_save(
-            self._store,
-            comm,
-            self._request,
-            self._cache,
-            self._coordinator,
-            self._pool.buffer_bytes,
-            self._listener,
-        )
+    def agree(self, comm: Comm) -> AgreedSave:
+        """Agree on the structure; raises as `agree_on_structure`."""
+        return agree_on_structure(comm, self._request, self._cache, self._pool.buffer_bytes)
 
-    def commit(self, comm: Comm, opened: OpenSave, staged: Iterable[StagedChunk]) -> SaveResult:
+    def open(self, comm: Comm, agreed: AgreedSave) -> OpenSave:
+        """Open the attempt, and bring small tensors to the coordinator; raises as `open_save` and `gather_small`."""
+        opened = open_save(self._store, comm, self._request, agreed, self._coordinator, self._listener)
+        self._small = gather_small(comm, agreed, opened)
+        return opened
+
+    def commit(self, comm: Comm, agreed: AgreedSave, opened: OpenSave, staged: Iterable[StagedChunk]) -> SaveResult:
         """Write what is staged, vote, and commit; raises as `save`.
 
         Args:
             comm: the ranks.
+            agreed: the structure.
             opened: the attempt.
             staged: this rank's chunks, in order; an error that it raises is this rank's.
         """
@@ -172,7 +176,7 @@ class SaveAttempt:
             committed = agree(
                 comm,
                 "save: commit",
-                lambda: self._write(comm, opened, staged),
+                lambda: self._write(comm, agreed, opened, staged),
                 Written,
                 lambda ballots: commit_votes(comm, request, ballots, self._coordinator),
                 Committed,
@@ -201,22 +205,26 @@ class SaveAttempt:
             self._listener(Event("committed", text, result.name))
         return result
 
-    def _write(self, comm: Comm, opened: OpenSave, staged: Iterable[StagedChunk]) -> Written:
-        store, plan, sums = self._store, opened.plan, PieceSums()
+    def _write(self, comm: Comm, agreed: AgreedSave, opened: OpenSave, staged: Iterable[StagedChunk]) -> Written:
+        opened.check(agreed, comm.rank)
+        store, plan, sums = self._store, agreed.plan, PieceSums()
+        # Order: not from the budget. Every buffer of it may hold what waits to be written after this.
+        small = stage_chunks(agreed.table, plan.small_chunks, self._small, self._pool, beyond_budget=True)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="shardpoint-documents") as beside,
             OpenFiles(store, opened.key, plan.layout) as files,
+            closing(in_file_order(staged, small)) as everything,
         ):
-            documents = beside.submit(self._write_documents, opened)
+            documents = beside.submit(self._write_documents, agreed, opened)
             if opened.one_writer:
                 write_gathered(
                     files,
-                    staged,
+                    everything,
                     sums,
-                    self._pool,
+                    self._pool.buffer_bytes,
                     comm.progress,
                     chunks_of=[
-                        make_plan(opened.table, plan.layout, rank, self._pool.buffer_bytes).chunks
+                        make_plan(agreed.table, plan.layout, rank, self._pool.buffer_bytes).all_chunks()
                         for rank in range(comm.world_size)
                     ],
                     num_files=len(plan.layout.files),
@@ -224,17 +232,17 @@ class SaveAttempt:
                     exchange=self._exchange(),
                 )
             else:
-                write_staged(files, staged, sums, self._pool, comm.progress)
+                write_staged(files, everything, sums, comm.progress)
             entries, notes = documents.result(), files.notes
-        return Written(opened.attempt_id, pack_partials(sums.partials(opened.table)), entries, notes)
+        return Written(opened.attempt_id, pack_partials(sums.partials(agreed.table)), entries, notes)
 
-    def _write_documents(self, opened: OpenSave) -> list[FileEntry]:
+    def _write_documents(self, agreed: AgreedSave, opened: OpenSave) -> list[FileEntry]:
         """Write this rank's documents, and on the coordinator those of the whole checkpoint; return the rank's."""
         attempt = self._coordinator.attempt
         if attempt is not None and not self._request.as_file:
             write_documents(attempt, self._coordinator.documents)
         entries: list[FileEntry] = []
-        for path, data in opened.own.rank_documents.items():
+        for path, data in agreed.own.rank_documents.items():
             self._store.write_document(f"{opened.key}/{path}", data, SyncPoint.DOCUMENT)
             entries.append(FileEntry(path, len(data), to_hex(crc64(data))))
         return entries

@@ -14,7 +14,7 @@ from shardpoint.adapters.collect import Held
 from shardpoint.checksum import crc64
 from shardpoint.comm import Comm
 from shardpoint.engine.ballots import agree
-from shardpoint.engine.opening import OpenSave
+from shardpoint.engine.opening import AgreedSave, OpenSave
 from shardpoint.errors import DistributedError
 from shardpoint.geometry import Region
 from shardpoint.planning import RUN_FIELDS, MergedTable
@@ -36,12 +36,16 @@ class _Parts(msgspec.Struct, frozen=True):
     crc: int
 
 
-def gather_small(comm: Comm, opened: OpenSave) -> None:
+def gather_small(comm: Comm, agreed: AgreedSave, opened: OpenSave) -> dict[tuple[str, str], Held]:
     """Bring the parts of small tensors to the coordinator.
 
     Args:
         comm: the ranks.
-        opened: the attempt; on the coordinator its `own.held` has the whole tensors afterwards.
+        agreed: the structure.
+        opened: the attempt.
+
+    Returns:
+        On the coordinator the whole tensors, by (part, key); elsewhere nothing.
 
     Raises:
         DistributedError: the ranks together did not send every byte exactly once, or bytes changed on their way.
@@ -54,17 +58,20 @@ def gather_small(comm: Comm, opened: OpenSave) -> None:
         64 MiB on the coordinator, and what it sends on each rank.
     """
     if not opened.gathers_small:
-        return
+        return {}
+    found: dict[tuple[str, str], Held] = {}
 
     def decide(ballots: Sequence[_Parts]) -> bool:
-        opened.own.held.update(_assemble(opened.table, opened.plan.gathered, ballots))
+        found.update(_assemble(agreed.table, agreed.plan.gathered, ballots))
         return True
 
-    agree(comm, "save: small tensors", lambda: _own_parts(opened), _Parts, decide, bool)
+    agree(comm, "save: small tensors", lambda: _own_parts(comm, agreed, opened), _Parts, decide, bool)
+    return found
 
 
-def _own_parts(opened: OpenSave) -> _Parts:
-    table, plan, held = opened.table, opened.plan, opened.own.held
+def _own_parts(comm: Comm, agreed: AgreedSave, opened: OpenSave) -> _Parts:
+    opened.check(agreed, comm.rank)
+    table, plan, held = agreed.table, agreed.plan, agreed.own.held
     data = bytearray()
     entry = -1
     view: npt.NDArray[np.uint8] | None = None

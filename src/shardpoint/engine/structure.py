@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from shardpoint.comm import Comm
+from shardpoint.engine.ballots import agree
 from shardpoint.engine.plans import PlanCache
 from shardpoint.errors import DistributedError
 from shardpoint.planning import MergedTable, Table, decode_table, encode_table, merge_tables
@@ -104,6 +106,29 @@ def decide_structure(ballots: Sequence[StructureBallot], cache: StructureCache) 
     return StructureVerdict(key, senders, sorted(documents.values()), one_host)
 
 
+def exchange_tables(comm: Comm, topic: str, own: Table, structure: StructureVerdict) -> list[tuple[list[int], bytes]]:
+    """Return each distinct table with its ranks; nothing where all ranks have the structure cached.
+
+    Collective:
+        All ranks: one round where a rank's structure is new, else none.
+    """
+    if not structure.table_senders:
+        return []
+    senders = dict(structure.table_senders)
+
+    def choose(tables: Sequence[bytes]) -> list[tuple[list[int], bytes]]:
+        return [(ranks, tables[sender]) for sender, ranks in structure.table_senders]
+
+    return agree(
+        comm,
+        topic,
+        lambda: encode_table(own) if comm.rank in senders else b"",
+        bytes,
+        choose,
+        list[tuple[list[int], bytes]],
+    )
+
+
 def merge_sent(sent: Sequence[tuple[list[int], bytes]], world_size: int) -> MergedTable:
     """Merge the tables that were sent, each with its ranks."""
     return merge_tables([(ranks, decode_table(data)) for ranks, data in sent], world_size)
@@ -114,7 +139,7 @@ def settle(
     verdict: StructureVerdict,
     own: Table,
     tables: Sequence[tuple[list[int], bytes]],
-    digest: bytes,
+    digest: bytes | None,
     world_size: int,
 ) -> MergedTable:
     """Return the merged table on this rank, and remember it.
@@ -124,14 +149,14 @@ def settle(
         verdict: of the structure round.
         own: this rank's table.
         tables: what was sent, or nothing where all have it cached.
-        digest: the coordinator's digest of the merged table.
+        digest: the coordinator's digest of the merged table; None where it is compared later.
         world_size: the number of ranks.
 
     Raises:
         DistributedError: this rank's merged table is not the coordinator's.
     """
     merged = merge_sent(tables, world_size) if tables else cache.get(verdict.key)
-    if merged is None or merged.digest != digest:
+    if merged is None or digest not in (None, merged.digest):
         text = (
             "this rank's merged table of tensors is not the coordinator's: the ranks run different releases, or a bug"
         )

@@ -29,13 +29,19 @@ class StagedChunk:
 
     Attributes:
         chunk: the plan.
-        buffer: its bytes, once `landing` is over; goes back to its pool when they are written.
+        buffer: its bytes, once `landing` is over.
         landing: when they are there.
+        pool: where the buffer goes when they are written.
     """
 
     chunk: Chunk
     buffer: Buffer
     landing: Landing
+    pool: BufferPool
+
+    def release(self) -> None:
+        """Give the buffer back."""
+        self.pool.release(self.buffer)
 
     def view(self, buffer_offset: int, num_bytes: int) -> memoryview:
         """Return staged bytes."""
@@ -67,7 +73,12 @@ class PieceSums:
 
 
 def stage_chunks(
-    table: MergedTable, chunks: Iterable[Chunk], held: Mapping[tuple[str, str], Held], pool: BufferPool
+    table: MergedTable,
+    chunks: Iterable[Chunk],
+    held: Mapping[tuple[str, str], Held],
+    pool: BufferPool,
+    *,
+    beyond_budget: bool = False,
 ) -> Iterator[StagedChunk]:
     """Stage chunk after chunk, as buffers become free, on the calling thread.
 
@@ -76,11 +87,12 @@ def stage_chunks(
         chunks: what this rank writes.
         held: the live tensors.
         pool: where buffers come from; whoever takes a staged chunk gives its buffer back.
+        beyond_budget: do not wait for buffers.
     """
     copier = Copier(held)
     try:
         for chunk in chunks:
-            buffer = pool.acquire()
+            buffer = pool.acquire(beyond_budget=beyond_budget)
             if buffer is None:
                 return
             yield stage_chunk(table, chunk, copier, buffer, pool)
@@ -94,14 +106,37 @@ def stage_chunk(table: MergedTable, chunk: Chunk, copier: Copier, buffer: Buffer
         for piece in chunk.pieces:
             entry = table.entries[piece.entry]
             copier.copy((entry.part, entry.key), buffer, piece.buffer_offset, piece.local_byte_offset, piece.num_bytes)
-        return StagedChunk(chunk, buffer, copier.landing())
+        return StagedChunk(chunk, buffer, copier.landing(), pool)
     except BaseException:
         pool.release(buffer)
         raise
 
 
+def in_file_order(first: Iterable[StagedChunk], second: Iterable[StagedChunk]) -> Iterator[StagedChunk]:
+    """Merge two flows that are each in the order of files; of one file, the first's chunks come first.
+
+    Closing it gives back what it holds.
+    """
+    sources = iter(first), iter(second)
+    heads = [next(source, None) for source in sources]
+    try:
+        while True:
+            ready = [index for index, head in enumerate(heads) if head is not None]
+            if not ready:
+                return
+            chosen = min(ready, key=lambda index: heads[index].chunk.file)  # type: ignore[union-attr]  # not None
+            item, heads[chosen] = heads[chosen], None
+            assert item is not None  # noqa: S101 - chosen among those that are not
+            yield item
+            heads[chosen] = next(sources[chosen], None)
+    finally:
+        for head in heads:
+            if head is not None:
+                head.release()
+
+
 def write_staged(
-    files: OpenFiles, staged: Iterable[StagedChunk], sums: PieceSums, pool: BufferPool, progress: Callable[[int], None]
+    files: OpenFiles, staged: Iterable[StagedChunk], sums: PieceSums, progress: Callable[[int], None]
 ) -> None:
     """Checksum and write staged chunks at their final place with several threads, and make them durable.
 
@@ -109,7 +144,6 @@ def write_staged(
         files: the attempt's files.
         staged: chunk after chunk, on the calling thread.
         sums: given every piece's checksum.
-        pool: the buffers go back to it.
         progress: told of each chunk's bytes.
 
     Raises:
@@ -133,7 +167,7 @@ def write_staged(
             failed.set()
             raise
         finally:
-            pool.release(item.buffer)
+            item.release()
 
     with ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="shardpoint-write") as executor:
         pending: list[Future[None]] = []

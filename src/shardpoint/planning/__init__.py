@@ -15,7 +15,14 @@ from shardpoint.planning.facts import (
 from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedFile, index_document, plan_files
 from shardpoint.planning.matching import Match, match_target
 from shardpoint.planning.ownership import WriteItem, held_runs, owned_items
-from shardpoint.planning.small import RUN_FIELDS, RunTable, gathered_entries, split_items, tabulate_runs
+from shardpoint.planning.small import (
+    RUN_FIELDS,
+    RunTable,
+    gathered_entries,
+    split_items,
+    tabulate_runs,
+    whole_items,
+)
 
 __all__ = [
     "RUN_FIELDS",
@@ -47,4 +54,5 @@ __all__ = [
     "plan_files",
     "split_items",
     "tabulate_runs",
+    "whole_items",
 ]

@@ -49,30 +49,25 @@ def _is_cut(entry: Entry) -> bool:
     return any(p.cuts and size > 1 for p, size in zip(writing.placements, writing.mesh.shape, strict=True))
 
 
-def split_items(
-    table: MergedTable, items: Iterable[WriteItem], gathered: Iterable[int], *, is_coordinator: bool
-) -> tuple[list[WriteItem], list[WriteItem]]:
-    """Part what a rank owns into what it writes and what it sends.
+def split_items(items: Iterable[WriteItem], gathered: Iterable[int]) -> tuple[list[WriteItem], list[WriteItem]]:
+    """Part what a rank owns into what it writes and what it sends to the coordinator.
 
     Args:
-        table: the merged table.
         items: what the rank owns.
         gathered: the tensors that are gathered.
-        is_coordinator: whether the rank writes those, whole.
-
-    Returns:
-        (what it writes, what it sends).
     """
     small = frozenset(gathered)
     written: list[WriteItem] = []
     sent: list[WriteItem] = []
     for item in items:
         (sent if item.entry in small else written).append(item)
-    if is_coordinator:
-        for index in sorted(small):
-            entry = table.entries[index]
-            written.append(WriteItem(index, Region.whole(entry.shape), 0, entry.num_bytes))
     return written, sent
+
+
+def whole_items(table: MergedTable, gathered: Iterable[int]) -> list[WriteItem]:
+    """Return what the coordinator writes of gathered tensors: all of them, whole."""
+    entries = [(index, table.entries[index]) for index in gathered]
+    return [WriteItem(index, Region.whole(entry.shape), 0, entry.num_bytes) for index, entry in entries]
 
 
 def tabulate_runs(table: MergedTable, items: Iterable[WriteItem]) -> tuple[RunTable, list[tuple[int, int, int]]]:

@@ -105,11 +105,12 @@ class BufferPool:
         """Whether somebody waits for a buffer."""
         return self._num_waiting > 0
 
-    def acquire(self, *, give_up: Callable[[], bool] = lambda: False) -> Buffer | None:
+    def acquire(self, *, give_up: Callable[[], bool] = lambda: False, beyond_budget: bool = False) -> Buffer | None:
         """Return a buffer that nobody else uses, once there is one.
 
         Args:
             give_up: asked whenever something changes, and each 0.2 s; where it says True, None is returned.
+            beyond_budget: do not wait: for who may hold up those that would give buffers back.
 
         Raises:
             OSError: there is no memory for a new one.
@@ -121,7 +122,7 @@ class BufferPool:
                 while not self._free:
                     if give_up() or self._closed:
                         return None
-                    if self._max_buffers is None or self._num_buffers < self._max_buffers:
+                    if beyond_budget or self._max_buffers is None or self._num_buffers < self._max_buffers:
                         self._num_buffers += 1
                         break
                     self._changed.wait(0.2)
@@ -140,7 +141,7 @@ class BufferPool:
     def release(self, buffer: Buffer) -> None:
         """Give a buffer back."""
         with self._changed:
-            if self._closed:
+            if self._closed or (self._max_buffers is not None and self._num_buffers > self._max_buffers):
                 buffer.close()
                 self._num_buffers -= 1
             else:

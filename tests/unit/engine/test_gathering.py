@@ -130,7 +130,7 @@ def gather_into(
             files,
             stage_chunks(table, chunks[rank], held, pool),
             sums,
-            pool,
+            BUFFER_BYTES,
             lambda _: None,
             chunks_of=chunks,
             num_files=len(layout.files),
@@ -146,7 +146,7 @@ def write_directly(
     sums, pool = PieceSums(), BufferPool(2 * BUFFER_BYTES)
     chunks = plan_chunks(table, layout, owned_items(table, rank), BUFFER_BYTES)
     with OpenFiles(store, "a", layout) as files:
-        write_staged(files, stage_chunks(table, chunks, held, pool), sums, pool, lambda _: None)
+        write_staged(files, stage_chunks(table, chunks, held, pool), sums, lambda _: None)
     return sums.partials(table)
 
 

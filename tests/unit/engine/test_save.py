@@ -153,5 +153,5 @@ def test_ranks_that_lay_files_out_differently_commit_nothing(tmp_path: Path) -> 
 
     outcomes = save_on_two(tmp_path, {}, 1, other_names)
     assert [type(outcome) for outcome in outcomes] == [PeerError, PeerError]
-    assert "lays out the files of step-1 differently" in outcomes[0].failures[1].message
+    assert "lays out the files differently" in outcomes[0].failures[1].message
     assert visible(tmp_path) == []
