@@ -8,7 +8,7 @@ are written. An error in an I/O thread stops the flow and is raised by the threa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
@@ -112,7 +112,9 @@ def stage_chunk(table: MergedTable, chunk: Chunk, copier: Copier, buffer: Buffer
         raise
 
 
-def in_file_order(first: Iterable[StagedChunk], second: Iterable[StagedChunk]) -> Iterator[StagedChunk]:
+def in_file_order(
+    first: Iterable[StagedChunk], second: Iterable[StagedChunk]
+) -> Generator[StagedChunk, None, None]:
     """Merge two flows that are each in the order of files; of one file, the first's chunks come first.
 
     Closing it gives back what it holds.
