@@ -15,6 +15,7 @@ from torch import nn
 
 from shardpoint import Checkpointer, Latest, RunState, TrainState
 from shardpoint.engine import background
+from shardpoint.engine.writing import stage_chunk
 from shardpoint.errors import SaveCancelledError, StorageError, TornSnapshotError, UsageError
 from shardpoint.events import Event
 from shardpoint.storage import LocalStore
@@ -26,15 +27,17 @@ WIDTH = 192  # a square of floats is more than what is copied at once
 
 
 class Wide(nn.Module):
-    """Tensors that are staged later, small ones that are copied at once, and a buffer that every forward changes."""
+    """Tensors that are staged later, small ones that are copied at once, and buffers that every forward changes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.BatchNorm1d(WIDTH)
         self.second = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("seen", torch.zeros(WIDTH, WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.get_buffer("seen").add_(1)
         out: torch.Tensor = self.second(self.norm(self.first(x)))
         return out
 
@@ -80,7 +83,7 @@ class Gate:
         self.opened = threading.Event()
         self.reached = threading.Event()
         self._left = free
-        self._real = background.stage_chunk
+        self._real = stage_chunk
 
     def __call__(self, *args: Any) -> Any:
         if self._left == 0:
@@ -122,8 +125,8 @@ def test_it_holds_what_was_there_when_it_was_asked_for(tmp_path: Path, options: 
             step(state, number)
             expected[number] = everything(state)
             pending = checkpointer.save(state, epoch=0, step=number, batch_size=8)
-            assert pending is not None
             step(state, 100 + number)  # at once: forward, backward, a step
+        assert pending is not None
         assert pending.result(WAIT_S).name == "epoch-0_step-5"
         assert pending.blocked_s > 0
     for number, values in expected.items():
@@ -213,7 +216,7 @@ def test_a_torn_snapshot_is_never_committed(tmp_path: Path, monkeypatch: pytest.
                         moment.add_(1)
                 else:
                     next(iter(state.optimizer.state.values()))["step"] += 1
-        with pytest.raises(TornSnapshotError, match="pending.staged"):
+        with pytest.raises(TornSnapshotError, match=r"pending\.staged"):
             pending.result(WAIT_S)
         later = checkpointer.save(state, epoch=0, step=3, batch_size=8)
         assert later is not None

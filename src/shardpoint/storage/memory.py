@@ -109,7 +109,7 @@ class BufferPool:
         """Return a buffer that nobody else uses, once there is one.
 
         Args:
-            give_up: asked whenever something changes, and each 0.2 s; where it says True, None is returned.
+            give_up: asked before waiting, whenever something changes, and each 0.2 s; True has None returned.
             beyond_budget: do not wait: for who may hold up those that would give buffers back.
 
         Raises:
@@ -120,11 +120,13 @@ class BufferPool:
             self._changed.notify_all()
             try:
                 while not self._free:
-                    if give_up() or self._closed:
+                    if self._closed:
                         return None
                     if beyond_budget or self._max_buffers is None or self._num_buffers < self._max_buffers:
                         self._num_buffers += 1
                         break
+                    if give_up():
+                        return None
                     self._changed.wait(0.2)
                 else:
                     return self._free.pop()
