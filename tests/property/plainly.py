@@ -43,7 +43,8 @@ def items_plainly(tables: RankedTables, rank: int) -> list[tuple[int, Region, in
         if mesh is None:
             if rank != ranks[0]:
                 continue
-            region, members = Region.whole(fact.shape), (rank,)
+            members: tuple[int, ...] = (rank,)
+            region = Region.whole(fact.shape)
         else:
             at = dict(zip(mesh.ranks, itertools.product(*map(range, mesh.shape)), strict=True))
             if rank not in at:

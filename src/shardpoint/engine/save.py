@@ -53,8 +53,6 @@ from shardpoint.planning import (
     encode_table,
     index_document,
     merge_optimizer_documents,
-    owned_items,
-    plan_files,
 )
 from shardpoint.storage import Store, SyncPoint, kernel_id
 
@@ -304,7 +302,7 @@ def _open(
     tables = [(ranks, ballots[sender].table) for sender, ranks in structure.table_senders]
     merged = merge_sent(tables, comm.world_size) if tables else cache.get(structure.key)
     assert merged is not None  # noqa: S101 - `decide_structure` asks for tables unless they are cached
-    layout = plan_files(merged, _naming(own, merged), request.max_file_bytes)
+    layout = cache.plans.layout(merged, _naming(own, merged), request.max_file_bytes)
     sent = [ballots[rank].documents for rank in structure.document_senders]
     coordinator.documents = _merge_documents([documents for documents in sent if documents is not None])
     coordinator.documents |= own.coordinator_documents
@@ -357,7 +355,7 @@ def _write(
     cache: StructureCache,
 ) -> _Written:
     merged = settle(cache, structure, own.table, opened.tables, opened.merged, comm.world_size)
-    layout = plan_files(merged, _naming(own, merged), request.max_file_bytes)
+    layout = cache.plans.layout(merged, _naming(own, merged), request.max_file_bytes)
     if layout.digest != opened.layout:
         raise UsageError(
             f"rank {comm.rank} lays out the files of {request.name} differently than the coordinator: give all ranks "
@@ -368,7 +366,7 @@ def _write(
             store, opened.key, merged, layout, own.held, comm.rank, comm.world_size, open_exchange(), comm.progress
         )
     else:
-        items = owned_items(merged, comm.rank)
+        items = list(cache.plans.items(merged, comm.rank))
         partials = write_items(store, opened.key, merged, layout, items, own.held, comm.progress)
     entries: list[FileEntry] = []
     for path, data in own.rank_documents.items():

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from shardpoint.engine.plans import PlanCache
 from shardpoint.errors import DistributedError
-from shardpoint.planning import MergedTable, Table, decode_table, encode_table, merge_tables
+from shardpoint.planning import MergedTable, Table, decode_tables, encode_table, merge_tables
 
 MAX_CACHED = 8
 
@@ -55,8 +56,9 @@ class StructureVerdict(msgspec.Struct, frozen=True):
 
 @dataclass
 class StructureCache:
-    """Merged tables of the last structures, by their key."""
+    """Merged tables of the last structures, by their key, and what was planned from them."""
 
+    plans: PlanCache = field(default_factory=PlanCache)
     _merged: OrderedDict[bytes, MergedTable] = field(default_factory=OrderedDict)
     _key_of: dict[bytes, bytes] = field(default_factory=dict)
 
@@ -100,7 +102,8 @@ def decide_structure(ballots: Sequence[StructureBallot], cache: StructureCache) 
 
 def merge_sent(sent: Sequence[tuple[list[int], bytes]], world_size: int) -> MergedTable:
     """Merge the tables that were sent, each with its ranks."""
-    return merge_tables([(ranks, decode_table(data)) for ranks, data in sent], world_size)
+    tables = decode_tables([data for _, data in sent])
+    return merge_tables([(ranks, table) for (ranks, _), table in zip(sent, tables, strict=True)], world_size)
 
 
 def settle(

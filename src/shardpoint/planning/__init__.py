@@ -8,6 +8,7 @@ from shardpoint.planning.facts import (
     Table,
     TensorFact,
     decode_table,
+    decode_tables,
     encode_table,
     merge_tables,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "TensorFact",
     "WriteItem",
     "decode_table",
+    "decode_tables",
     "encode_table",
     "held_runs",
     "index_document",
