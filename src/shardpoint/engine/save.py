@@ -17,7 +17,7 @@ from shardpoint import __version__
 from shardpoint.adapters.collect import GROUPS_NAME, Collected, join
 from shardpoint.adapters.exchange import open_exchange
 from shardpoint.adapters.state import RunState
-from shardpoint.checksum import Partial, combine, crc64, pack_partials, to_hex, unpack_partials
+from shardpoint.checksum import combine, crc64, merge_packed, pack_partials, to_hex, whole_tensors
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, RootOwner, acquire_root, publish, publish_file
 from shardpoint.engine.ballots import agree
@@ -106,9 +106,20 @@ class _Opened(msgspec.Struct, frozen=True):
 
 
 class _Written(msgspec.Struct, frozen=True):
-    attempt_id: str
+    """What some ranks wrote: the attempts in which (each with its lowest rank), and each rank's own documents."""
+
+    attempts: dict[str, int]
     partials: bytes
-    files: list[FileEntry]
+    files: dict[int, list[FileEntry]]
+
+
+def _merge_written(ballots: Sequence[_Written]) -> _Written:
+    attempts: dict[str, int] = {}
+    for ballot in ballots:
+        for attempt_id, rank in ballot.attempts.items():
+            attempts[attempt_id] = min(rank, attempts.get(attempt_id, rank))
+    files = {rank: entries for ballot in ballots for rank, entries in ballot.files.items()}
+    return _Written(attempts, merge_packed([ballot.partials for ballot in ballots]), files)
 
 
 class _Committed(msgspec.Struct, frozen=True):
@@ -238,8 +249,9 @@ def _rounds(
             "save: commit",
             lambda: _write(store, comm, request, own, structure, opened, cache),
             _Written,
-            lambda ballots: _commit(comm, request, ballots, coordinator),
+            lambda ballots: _commit(comm, request, _merge_written(ballots), coordinator),
             _Committed,
+            _merge_written,
         )
     except CollectiveTimeout as error:
         if not comm.is_coordinator and 0 in error.waiting_for:
@@ -372,21 +384,21 @@ def _write(
     for path, data in own.rank_documents.items():
         store.write_document(f"{opened.key}/{path}", data, SyncPoint.DOCUMENT)
         entries.append(FileEntry(path, len(data), to_hex(crc64(data))))
-    return _Written(opened.attempt_id, pack_partials(partials), entries)
+    return _Written({opened.attempt_id: comm.rank}, pack_partials(partials), {comm.rank: entries} if entries else {})
 
 
-def _commit(comm: Comm, request: SaveRequest, ballots: Sequence[_Written], coordinator: _Coordinator) -> _Committed:
+def _commit(comm: Comm, request: SaveRequest, written: _Written, coordinator: _Coordinator) -> _Committed:
     attempt, merged, layout = coordinator.attempt, coordinator.merged, coordinator.layout
     assert attempt is not None and merged is not None and layout is not None  # noqa: S101, PT018 - opened before
-    strangers = [rank for rank, ballot in enumerate(ballots) if ballot.attempt_id != attempt.attempt_id]
+    strangers = {rank: other for other, rank in written.attempts.items() if other != attempt.attempt_id}
     if strangers:
-        text = f"ranks {strangers} voted on another attempt than {attempt.attempt_id}"
+        text = f"ranks voted on another attempt than {attempt.attempt_id}; the lowest of each: {strangers}"
         raise DistributedError(text)
-    crcs = _whole_crcs(merged, ballots)
+    crcs = _whole_crcs(merged, written)
     documents = coordinator.documents
     files, tensors = _entries(merged, layout, crcs)
     files += [FileEntry(path, len(data), to_hex(crc64(data))) for path, data in documents.items()]
-    files += [entry for ballot in ballots for entry in ballot.files]
+    files += [entry for _, entries in sorted(written.files.items()) for entry in entries]
     manifest = Manifest(
         format=FORMAT_NAME,
         version=(FORMAT_MAJOR, FORMAT_MINOR),
@@ -431,23 +443,20 @@ def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:
         raise CommitUnknownError(text, attempt_id=attempt.attempt_id) from error
 
 
-def _whole_crcs(merged: MergedTable, ballots: Sequence[_Written]) -> list[int]:
-    """Merge the ranks' partials; refuse a tensor of which a byte has no writer, or two."""
-    totals = [Partial() for _ in merged.entries]
-    for ballot in ballots:
-        for index, partial in unpack_partials(ballot.partials):
-            totals[index].merge(partial)
+def _whole_crcs(merged: MergedTable, written: _Written) -> list[int]:
+    """Return the tensors' checksums; refuse a tensor of which a byte has no writer, or two."""
+    whole = whole_tensors([written.partials], [entry.num_bytes for entry in merged.entries])
     holes = [
-        f"{entry.label}: {total.sum_bytes} of {entry.num_bytes} bytes"
-        for entry, total in zip(merged.entries, totals, strict=True)
-        if not total.covers(entry.num_bytes)
+        f"{entry.label}: {counted_bytes} of {entry.num_bytes} bytes"
+        for entry, counted_bytes, covered in zip(merged.entries, whole.counted_bytes, whole.covered, strict=True)
+        if not covered
     ]
     if holes:
         text = "the ranks together did not write every byte exactly once; nothing was committed:\n  " + "\n  ".join(
             holes
         )
         raise DistributedError(text)
-    return [total.whole_crc(entry.num_bytes) for entry, total in zip(merged.entries, totals, strict=True)]
+    return whole.crcs
 
 
 def _entries(merged: MergedTable, layout: Layout, crcs: Sequence[int]) -> tuple[list[FileEntry], list[TensorEntry]]:
