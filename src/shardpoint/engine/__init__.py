@@ -13,6 +13,7 @@ from shardpoint.engine.parts import (
     save_optimizer_directory,
     save_optimizer_file,
 )
+from shardpoint.engine.plans import Plan, PlanCache
 from shardpoint.engine.results import LoadResult, SaveResult
 from shardpoint.engine.save import SaveRequest, save
 from shardpoint.engine.source import Source, open_committed, source_of
@@ -30,6 +31,8 @@ from shardpoint.engine.training import (
 
 __all__ = [
     "LoadResult",
+    "Plan",
+    "PlanCache",
     "SaveRequest",
     "SaveResult",
     "Source",

@@ -174,6 +174,31 @@ def test_an_interrupted_rank_goes_on_and_its_children_are_taken_over(interrupted
     assert not votes_left(comms)
 
 
+def test_an_interrupted_rank_does_not_wait_for_its_children() -> None:
+    comms = in_process_comms(7, fanout=2)
+    gone = threading.Event()
+    in_time: list[bool] = []
+
+    def rank_main(comm: Comm) -> Any:
+        def work() -> bytes:
+            if comm.rank == 1:
+                raise KeyboardInterrupt
+            if comm.rank == 3:
+                in_time.append(gone.wait(DEADLINE_S / 2))
+            return b""
+
+        try:
+            return comm.agree("t", work, refuse_to_decide)
+        finally:
+            if comm.rank == 1:
+                gone.set()
+
+    errors = run_threads(comms, rank_main)
+    assert type(errors[1]) is KeyboardInterrupt
+    assert [list(errors[rank].failures) for rank in (0, 2, 3, 4, 5, 6)] == [[1]] * 6
+    assert in_time == [True]
+
+
 def test_a_rank_interrupted_while_it_waits_hands_on_what_it_has() -> None:
     comms = in_process_comms(8, fanout=2, look_s=0.01)
     taken = threading.Event()
@@ -237,9 +262,14 @@ def test_lost_ranks_are_named_and_the_ranks_below_them_are_not(lost: list[int]) 
             comm.agree("next", lambda: b"", refuse_to_decide)
 
 
-def test_a_lost_child_of_an_interrupted_rank_is_named() -> None:
-    comms = in_process_comms(7, fanout=2, look_s=0.01)
-    comms[3].close()
+@pytest.mark.parametrize("heard_of", [True, False])
+def test_a_lost_child_of_an_interrupted_rank_is_named(heard_of: bool) -> None:
+    comms: list[Any] = list(in_process_comms(7, fanout=2, look_s=0.01, stall_s=600.0 if heard_of else 0.3))
+    beats = comms[0]._beats
+    if heard_of:
+        comms[3].close()
+    else:
+        comms[0]._beats = lambda ranks: beats([rank for rank in ranks if rank != 3])
 
     def rank_main(comm: Comm) -> Any:
         def work() -> bytes:

@@ -18,7 +18,7 @@ from shardpoint.adapters.collect import Collected
 from shardpoint.adapters.names import name_tensors
 from shardpoint.adapters.state import RunState
 from shardpoint.catalog import verify
-from shardpoint.comm import Comm, in_process_comms
+from shardpoint.comm import Comm, SoloComm, in_process_comms
 from shardpoint.commit import committed_checkpoints
 from shardpoint.engine import SaveRequest, SaveResult, StructureCache, save
 from shardpoint.errors import CommitUnknownError, DistributedError, PeerError, StorageError, UsageError
@@ -29,6 +29,8 @@ from tests.training import on_disk
 from tests.unit.comm.threads import run_threads
 
 save_module: Any = importlib.import_module("shardpoint.engine.save")  # the package exports a function of this name
+
+plans_module: Any = importlib.import_module("shardpoint.engine.plans")
 
 
 def save_on(
@@ -205,3 +207,33 @@ def test_a_byte_without_a_writer_is_noticed_through_the_tree(tmp_path: Path, mon
     assert [type(error) for error in errors] == [DistributedError] * 5
     assert all("modeling: weight: 0 of 16 bytes" in str(error) for error in errors)
     assert visible(tmp_path) == []
+
+
+def test_a_structure_that_was_saved_before_is_not_planned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+    for name in ("plan_files", "owned_items"):
+        make = getattr(plans_module, name)
+
+        def count(*arguments: Any, name: str = name, make: Any = make) -> Any:
+            planned.append(name)
+            return make(*arguments)
+
+        monkeypatch.setattr(plans_module, name, count)
+    cache = StructureCache()
+
+    def once(step: int, model: nn.Module) -> SaveResult:
+        def gather() -> Collected:
+            collected = Collected(0)
+            collected.add_model(name_tensors(model), "modeling", "adapter")
+            return collected
+
+        return save(LocalStore(tmp_path), SoloComm(), SaveRequest(f"step-{step}", gather), cache)
+
+    once(1, nn.Linear(2, 2))
+    assert sorted(planned) == ["owned_items", "plan_files"]
+    once(2, nn.Linear(2, 2))
+    assert sorted(planned) == ["owned_items", "plan_files"]
+    once(3, nn.Linear(2, 3))
+    assert sorted(planned) == ["owned_items", "owned_items", "plan_files", "plan_files"]
