@@ -22,7 +22,7 @@ from shardpoint.geometry import Region, Span, cut_spans, merge_spans
 PlacementKind = Literal["replicate", "shard", "strided_shard"]
 
 
-class Placement(msgspec.Struct, frozen=True, array_like=True):
+class Placement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How one mesh axis treats a tensor: holds it alike, or cuts one of its dims.
 
     Attributes:
