@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shardpoint.comm import Comm, in_process_comms
+from shardpoint.comm.tree import Tree
 from shardpoint.errors import CollectiveTimeout, DistributedError, MismatchError, PeerError, UsageError
 from tests.unit.comm.threads import DEADLINE_S, refuse_to_decide, run_threads
 
@@ -77,6 +78,15 @@ def test_no_rank_takes_more_votes_than_the_fanout_and_its_own() -> None:
 def test_a_tree_without_branches_is_refused() -> None:
     with pytest.raises(UsageError, match="fanout"):
         in_process_comms(3, fanout=0)
+
+
+def test_ranks_that_do_not_agree_on_the_tree_decide_nothing() -> None:
+    comms: list[Any] = list(in_process_comms(7, fanout=2, look_s=0.01))
+    comms[1]._tree = Tree(7, 100)  # it takes no votes, so those of 3 and 4 come to nobody
+    errors = run_threads(comms, lambda comm: comm.agree("t", lambda: number_of(comm), refuse_to_decide, numbers))
+    assert type(errors[0]) is DistributedError
+    assert "of 7 ranks the votes of 5 came" in str(errors[0])
+    assert [error.waiting_for for error in errors[1:]] == [[0]] * 6
 
 
 @pytest.mark.parametrize("ranks", [[0], [1], [3], [9], [1, 4], [0, 2, 6], [1, 3, 7], [8, 9]])

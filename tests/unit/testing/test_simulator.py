@@ -157,6 +157,15 @@ def test_a_large_world_is_covered_and_its_votes_add_up() -> None:
     assert not all(job.judge(lacking).covered)
 
 
+def test_votes_of_replicas_go_by_their_cuts() -> None:
+    everybody = (Mesh((3,), (0, 1, 2)),)
+    job = Simulation([VirtualTensor("modeling", f"w{n}", "U8", (9_000,), everybody, (REPLICATE,)) for n in range(4)], 3)
+    job.check_coverage()
+    assert all(job.judge([job.vote(rank) for rank in range(3)]).covered)
+    zeros = {("modeling", f"w{n}"): np.zeros(9_000, np.uint8) for n in range(4)}
+    assert [job.vote(rank) for rank in range(3)] == [job.vote(rank, zeros) for rank in range(3)]
+
+
 def test_a_simulated_plan_is_cached_as_a_real_one() -> None:
     job = small_job()
     plan = PlanCache().plan(job.merged, job.naming, job.max_file_bytes, 3)
