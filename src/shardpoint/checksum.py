@@ -17,11 +17,13 @@ Source: CRC-64/NVME as in the NVMe base specification and S3's `ChecksumCRC64NVM
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from awscrt import checksums
 
 if TYPE_CHECKING:
@@ -155,3 +157,93 @@ def unpack_partials(packed: bytes) -> list[tuple[int, Partial]]:
         (index, Partial(crc, sum_bytes, low | (high << 64), mixed))
         for index, crc, sum_bytes, low, high, mixed in _PACKED.iter_unpack(packed)
     ]
+
+
+_ROW = np.dtype(
+    [("index", "<u4"), ("crc", "<u8"), ("bytes", "<u8"), ("squares", "<u8"), ("squares_high", "<u8"), ("mixed", "<u8")]
+)
+"""What `pack_partials` packs, as numpy reads it."""
+
+_Words = npt.NDArray[np.uint64]
+_HALF = np.uint64(32)
+_LOW = np.uint64((1 << 32) - 1)
+
+
+def merge_packed(packed: Sequence[bytes]) -> bytes:
+    """Merge what any number of ranks packed, as `Partial.merge` does, in any order and grouping.
+
+    Args:
+        packed: what `pack_partials` or this function returned.
+
+    Returns:
+        One partial for each tensor that occurs, packed, ascending by index. All sums are modulo their packed size, 2^64
+        and 2^128: a cover that is right has no larger ones.
+
+    Raises:
+        ValueError: it is not a whole number of partials.
+    """
+    rows = np.frombuffer(b"".join(packed), dtype=_ROW)
+    if not len(rows):
+        return b""
+    order = np.argsort(rows["index"], kind="stable")
+    index = rows["index"][order]
+    starts = np.flatnonzero(np.concatenate([[True], index[1:] != index[:-1]]))
+    low, high = (rows[name].astype(np.uint64)[order] for name in ("squares", "squares_high"))
+    # 2^32 numbers of 32 bits add up in 64 bits without loss; then the upper halves are carried.
+    units = np.add.reduceat(low & _LOW, starts)
+    halves = np.add.reduceat(low >> _HALF, starts) + (units >> _HALF)
+    merged = np.empty(len(starts), dtype=_ROW)
+    merged["index"] = index[starts]
+    merged["crc"] = np.bitwise_xor.reduceat(rows["crc"].astype(np.uint64)[order], starts)
+    merged["bytes"] = np.add.reduceat(rows["bytes"].astype(np.uint64)[order], starts)
+    merged["squares"] = (units & _LOW) | (halves << _HALF)
+    merged["squares_high"] = np.add.reduceat(high, starts) + (halves >> _HALF)
+    merged["mixed"] = np.add.reduceat(rows["mixed"].astype(np.uint64)[order], starts)
+    return merged.tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class WholeTensors:
+    """What all ranks' partials say of a list of tensors.
+
+    Attributes:
+        crcs: each tensor's CRC; only meaningful where `covered`.
+        counted_bytes: how many bytes the ranks counted of each.
+        covered: whether the runs cover each byte exactly once, as `Partial.covers` says.
+    """
+
+    crcs: list[int]
+    counted_bytes: list[int]
+    covered: list[bool]
+
+
+def whole_tensors(packed: Sequence[bytes], sizes_bytes: Sequence[int]) -> WholeTensors:
+    """Return the CRCs of whole tensors, and whether the ranks covered them.
+
+    Args:
+        packed: what `pack_partials` or `merge_packed` returned.
+        sizes_bytes: the tensors' sizes, in the order of the partials' indices.
+
+    Raises:
+        ValueError: a partial is of a tensor that is not there, or `packed` is not a whole number of partials.
+    """
+    rows = np.frombuffer(merge_packed(packed), dtype=_ROW)
+    if len(rows) and int(rows["index"][-1]) >= len(sizes_bytes):
+        text = f"the votes count bytes of tensor {rows['index'][-1]}, but there are {len(sizes_bytes)} tensors"
+        raise ValueError(text)
+    totals = np.zeros(len(sizes_bytes), dtype=_ROW)
+    totals[rows["index"]] = rows
+    sizes = np.array(sizes_bytes, dtype=np.uint64)
+    squares = [size * size for size in sizes_bytes]
+    covered = (totals["bytes"] == sizes) & (totals["mixed"] == _mix_all(sizes) - np.uint64(_mix(0)))
+    covered &= totals["squares"] == np.array([square & _MASK_64 for square in squares], dtype=np.uint64)
+    covered &= totals["squares_high"] == np.array([square >> 64 for square in squares], dtype=np.uint64)
+    crcs = totals["crc"] ^ np.array([zeros(size) for size in sizes_bytes], dtype=np.uint64)
+    return WholeTensors(crcs.tolist(), totals["bytes"].tolist(), covered.tolist())
+
+
+def _mix_all(positions: npt.NDArray[Any]) -> _Words:
+    """Return `_mix` of each position."""
+    value = (positions.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(29))

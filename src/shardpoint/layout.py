@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 from typing import Literal
+
+import msgspec
 
 from shardpoint.errors import UsageError
 from shardpoint.geometry import Region, Span, cut_spans, merge_spans
@@ -20,8 +22,7 @@ from shardpoint.geometry import Region, Span, cut_spans, merge_spans
 PlacementKind = Literal["replicate", "shard", "strided_shard"]
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How one mesh axis treats a tensor: holds it alike, or cuts one of its dims.
 
     Attributes:
@@ -40,9 +41,12 @@ class Placement:
         return self.kind != "replicate"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mesh:
     """An n-dimensional arrangement of ranks.
+
+    A value: equal meshes are interchangeable. Its hash and the ranks' positions are computed once, since a table of
+    thousands of tensors looks up one mesh of thousands of ranks for each of them.
 
     Attributes:
         shape: size of each axis.
@@ -57,11 +61,22 @@ class Mesh:
             text = f"a mesh of shape {self.shape} needs {prod(self.shape)} distinct ranks, got {self.ranks}"
             raise UsageError(text)
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.ranks))
+
+    @cached_property
+    def _position_of(self) -> dict[int, int]:
+        return {rank: position for position, rank in enumerate(self.ranks)}
+
+    def __hash__(self) -> int:
+        return self._hash
+
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
         """Return a rank's index along each axis, or None when it is not in the mesh."""
-        if rank not in self.ranks:
+        position = self._position_of.get(rank)
+        if position is None:
             return None
-        position = self.ranks.index(rank)
         coordinate: list[int] = []
         for size in reversed(self.shape):
             position, index = divmod(position, size)

@@ -486,3 +486,61 @@ def is_running(process_id: int) -> bool:
 def test_a_report_that_is_no_json_is_not_taken_for_one() -> None:
     with pytest.raises(json.JSONDecodeError):
         RankOutcome(0, "no json\n", "").report()
+
+
+# Rank 0 takes the votes of 1 and 2, and 1 that of 3.
+TREE = """
+join()
+store = dist.group.WORLD.get_group_store()
+ours = lambda: [key for key in store.list_keys() if "shardpoint" in key]
+comm = C10dComm(silence_s=20.0, stall_s=60.0, heartbeat_s=0.1, fanout=2)
+agree = comm.agree
+report = {}
+
+def on(rank, error):
+    return raises(error) if RANK == rank else lambda: b"fine"
+
+def union(votes):
+    assert len(votes) <= 3
+    return b" ".join(sorted(b" ".join(votes).split()))
+
+report["in order"] = came_to(lambda: agree("names", lambda: b"%d" % RANK, b" ".join))
+report["merged"] = came_to(lambda: agree("names", lambda: b"%d" % RANK, b"|".join, union))
+report["leaf"] = came_to(lambda: agree("write", on(3, ValueError("disk on fire")), never, union))
+report["interior"] = came_to(lambda: agree("write", on(1, ValueError("disk on fire")), never, union))
+report["interrupted"] = came_to(lambda: agree("write", on(1, KeyboardInterrupt()), never, union))
+report["topics"] = came_to(lambda: agree("open" if RANK == 3 else "commit", lambda: b"", never, union))
+block = os.urandom(3 << 20)
+report["large"] = came_to(lambda: agree("large", lambda: block, lambda votes: b"%d" % len(votes[0]), b"".join))
+for number in range(30):
+    assert agree(f"{number}", lambda: b"%d" % RANK, lambda votes: votes[0], union) == b"0 1 2 3"
+until(lambda: len(ours()) <= WORLD + 1)  # one beat per rank, and the last verdict
+meet("all have counted")
+if RANK == 1 and os.environ["LOSE"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+comm._silence_s = 2.0
+report["lost"] = came_to(lambda: agree("commit", lambda: b"%d" % RANK, lambda votes: votes[0], union))
+tell(report)
+meet("told", [0, 2, 3] if os.environ["LOSE"] == "1" else range(WORLD))
+"""
+
+
+@pytest.mark.parametrize("lose", [False, True])
+def test_votes_travel_up_a_tree_of_processes(tmp_path: Path, lose: bool) -> None:
+    outcomes = run(tmp_path, TREE, 4, LOSE=str(int(lose)))
+    if lose:
+        assert outcomes.pop(1).returncode == -9
+    told = reports(outcomes)
+    for report in told:
+        assert report["in order"] == report["merged"] == "0 1 2 3"
+        assert report["leaf"]["failures"] == {"3": ["ValueError", "disk on fire"]}
+        assert report["interior"]["failures"] == {"1": ["ValueError", "disk on fire"]}
+        assert report["topics"]["type"] == "DistributedError"
+        assert report["large"] == str(4 * 3 * 2**20)
+        if lose:
+            assert report["lost"]["waiting_for"] == [1]
+        else:
+            assert report["lost"] == "0 1 2 3"
+    if not lose:
+        assert told[1]["interrupted"]["type"] == "KeyboardInterrupt"
+        assert [told[rank]["interrupted"]["failures"] for rank in (0, 2, 3)] == [{"1": ["KeyboardInterrupt", ""]}] * 3

@@ -22,7 +22,7 @@ from shardpoint.planning import (
     plan_files,
 )
 from shardpoint.planning.chunks import BLOCK_BYTES
-from tests.property.test_ownership import worlds
+from tests.property.drawn import worlds
 
 NOTHING = -1
 

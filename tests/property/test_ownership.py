@@ -6,59 +6,9 @@ from hypothesis import strategies as st
 
 from shardpoint.checksum import Partial, crc64
 from shardpoint.dtypes import stored_form, tensor_bytes
-from shardpoint.layout import Mesh, Placement
-from shardpoint.planning import (
-    MergedTable,
-    PartNaming,
-    Table,
-    TensorFact,
-    merge_tables,
-    owned_items,
-    plan_files,
-)
+from shardpoint.planning import MergedTable, PartNaming, owned_items, plan_files
 from shardpoint.planning.ownership import held_region, held_runs
-from tests.property.drawn import meshes, placements_on
-
-DTYPES = st.sampled_from(["U8", "BF16", "F32", "I64", "C64", "C128", "C32"])
-# Long enough that replicas share a tensor (cuts at multiples of 4096 bytes), and short, uneven and empty ones.
-LENGTHS = st.one_of(st.integers(0, 9), st.sampled_from([63, 64, 65, 130]))
-SHAPES = st.lists(LENGTHS, max_size=2).map(tuple)
-
-
-@st.composite
-def worlds(draw: st.DrawFn) -> MergedTable:
-    """Draw a world: whole meshes, halves of it side by side, plain tensors, and names that only some ranks have."""
-    world = draw(st.integers(1, 6))
-    facts: list[list[TensorFact]] = [[] for _ in range(world)]
-    rank_meshes: list[dict[Mesh, int]] = [{} for _ in range(world)]
-
-    def add(
-        rank: int, key: str, dtype: str, shape: tuple[int, ...], mesh: Mesh | None, how: tuple[Placement, ...]
-    ) -> None:
-        index = None if mesh is None else rank_meshes[rank].setdefault(mesh, len(rank_meshes[rank]))
-        facts[rank].append(TensorFact("modeling", key, None, key, dtype, shape, index, how))
-
-    for number in range(draw(st.integers(1, 5))):
-        key, dtype, shape = f"t{number}", draw(DTYPES), draw(SHAPES)
-        order = draw(st.permutations(range(world)))
-        kind = draw(st.sampled_from(["mesh", "stage", "side by side", "plain", "mixed"]))
-        if kind == "plain":
-            for rank in draw(st.sets(st.integers(0, world - 1), min_size=1)):
-                add(rank, key, dtype, shape, None, ())
-            continue
-        drawn = draw(meshes(max_ranks=world if kind == "mesh" else max(1, world // 2)))
-        placements = draw(placements_on(drawn.shape, len(shape)))
-        size = len(drawn.ranks)
-        groups = [order[:size]] if kind in ("mesh", "stage", "mixed") else [order[:size], order[size : 2 * size]]
-        for group in (group for group in groups if len(group) == size):
-            mesh = Mesh(drawn.shape, tuple(group))
-            for rank in group:
-                add(rank, key, dtype, shape, mesh, placements)
-        if kind == "mixed":
-            for rank in order[size : size + 1]:
-                add(rank, key, dtype, shape, None, ())
-    tables = [([rank], Table(tuple(rank_meshes[rank]), tuple(facts[rank]))) for rank in range(world)]
-    return merge_tables(tables, world)
+from tests.property.drawn import worlds
 
 
 @given(worlds())

@@ -1,8 +1,22 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 
-from shardpoint.checksum import Partial, combine, crc64, pack_partials, shift, to_hex, unpack_partials, zeros
+from shardpoint.checksum import (
+    Partial,
+    combine,
+    crc64,
+    merge_packed,
+    pack_partials,
+    shift,
+    to_hex,
+    unpack_partials,
+    whole_tensors,
+    zeros,
+)
 
 
 def bitwise(data: bytes) -> int:
@@ -107,3 +121,95 @@ def test_partials_travel() -> None:
     assert len(pack_partials(sent)) == 3 * 44
     assert unpack_partials(pack_partials(sent)) == sent
     assert unpack_partials(b"") == []
+
+
+def merged_one_by_one(votes: Sequence[Sequence[tuple[int, Partial]]]) -> list[tuple[int, Partial]]:
+    totals: dict[int, Partial] = {}
+    for vote in votes:
+        for index, partial in vote:
+            totals.setdefault(index, Partial()).merge(partial)
+    return sorted(totals.items())
+
+
+def random_votes(seed: int) -> list[list[tuple[int, Partial]]]:
+    """Return votes of which some name a tensor twice or none; the sums of squares need their 128 bits and carry."""
+    dice = random.Random(seed)
+
+    def partial() -> Partial:
+        square = dice.choice([0, 2**32 - 1, 2**64 - 1, 2**96 - 1, 2**121 - 1, dice.getrandbits(121)])
+        return Partial(dice.getrandbits(64), dice.getrandbits(56), square, dice.getrandbits(64))
+
+    return [[(dice.choice([0, 1, 5, 2**32 - 1]), partial()) for _ in range(dice.randrange(9))] for _ in range(12)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_partials_merge_as_partials_do(seed: int) -> None:
+    votes = random_votes(seed)
+    packed = [pack_partials(vote) for vote in votes]
+    assert unpack_partials(merge_packed(packed)) == merged_one_by_one(votes)
+    # In any grouping and order.
+    grouped = merge_packed([merge_packed(packed[7:]), *packed[3:7], merge_packed(packed[:3])])
+    assert grouped == merge_packed(packed)
+
+
+def test_merging_nothing_is_nothing() -> None:
+    assert merge_packed([]) == merge_packed([b"", b""]) == b""
+    with pytest.raises(ValueError, match="multiple"):
+        merge_packed([b"abc"])
+
+
+def test_whole_tensors_are_what_their_partials_cover() -> None:
+    sizes = [100, 0, 7 * 2**40, 100, 100, 2**33, 50]
+    random_bytes = random.Random(3).randbytes(100)
+    votes: list[list[tuple[int, Partial]]] = [[], [], []]
+    for rank, cuts in enumerate([[(0, 40)], [(40, 90)], [(90, 100)]]):
+        votes[rank].append((0, counted(random_bytes, cuts)))
+    votes[0].append((2, zero_run(0, 2**40, sizes[2])))
+    votes[1].append((2, zero_run(2**40, 6 * 2**40, sizes[2])))
+    votes[0].append((3, counted(random_bytes, [(0, 40)])))  # a hole
+    votes[1].append((4, counted(random_bytes, [(0, 25), (25, 50), (25, 50), (75, 100)])))  # twice, and never
+    votes[2].append((5, zero_run(0, 2**33, 2**33)))
+    votes[2].append((6, zero_run(0, 51, 51)))
+    whole = whole_tensors([pack_partials(vote) for vote in votes], sizes)
+    totals = dict(merged_one_by_one(votes))
+    assert whole.covered == [totals.get(i, Partial()).covers(size) for i, size in enumerate(sizes)]
+    assert whole.covered == [True, True, True, False, False, True, False]
+    assert whole.counted_bytes == [100, 0, 7 * 2**40, 40, 100, 2**33, 51]
+    assert whole.crcs[0] == crc64(random_bytes)
+    assert whole.crcs[1] == 0
+    assert whole.crcs[2] == zeros(7 * 2**40)
+    assert whole.crcs[5] == zeros(2**33)
+
+
+def test_a_cover_whose_first_two_sums_are_right_is_refused() -> None:
+    # Quarters: the inner two twice, the outer two never. Symmetric about the middle.
+    faulty = counted(bytes(100), [(25, 50), (25, 50), (50, 75), (50, 75)])
+    assert (faulty.sum_bytes, faulty.sum_squares) == (100, 100 * 100)
+    assert whole_tensors([pack_partials([(0, faulty)])], [100]).covered == [False]
+
+
+@pytest.mark.parametrize("change", [{"sum_bytes": 1}, {"sum_squares": 1}, {"sum_squares": 1 << 64}, {"sum_mixed": 1}])
+def test_a_cover_of_which_one_sum_is_wrong_is_refused(change: dict[str, int]) -> None:
+    partial = zero_run(0, 2**40, 2**40)
+    assert whole_tensors([pack_partials([(0, partial)])], [2**40]).covered == [True]
+    for name, by in change.items():
+        setattr(partial, name, getattr(partial, name) ^ by)
+    assert whole_tensors([pack_partials([(0, partial)])], [2**40]).covered == [False]
+
+
+def test_a_partial_of_no_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match="tensor 2, but there are 2 tensors"):
+        whole_tensors([pack_partials([(2, Partial())])], [1, 1])
+
+
+def counted(data: bytes, cuts: Sequence[tuple[int, int]]) -> Partial:
+    partial = Partial()
+    for start, stop in cuts:
+        partial.add(crc64(data[start:stop]), start, stop - start, len(data))
+    return partial
+
+
+def zero_run(start: int, num_bytes: int, total_bytes: int) -> Partial:
+    partial = Partial()
+    partial.add(zeros(num_bytes), start, num_bytes, total_bytes)
+    return partial

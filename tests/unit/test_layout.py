@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from shardpoint.errors import UsageError
@@ -111,3 +112,12 @@ def test_replicas_differ_on_replicate_axes_only() -> None:
     assert replica_ranks(mesh, (shard(0), R), (0, 1)) == (1, 3)
     assert replica_ranks(mesh, (R, R), (0, 0)) == (0, 1, 2, 3)
     assert replica_ranks(mesh, (shard(0), strided(0, 2)), (1, 0)) == (2,)
+
+
+def test_a_mesh_that_was_looked_up_is_still_the_same_value() -> None:
+    used, fresh = Mesh((2, 2), (3, 0, 2, 1)), Mesh((2, 2), (3, 0, 2, 1))
+    assert [used.coordinate(rank) for rank in range(5)] == [(0, 1), (1, 1), (1, 0), (0, 0), None]
+    assert {used: "found"}[fresh] == "found"
+    assert used == fresh
+    assert msgspec.msgpack.encode(used) == msgspec.msgpack.encode({"shape": (2, 2), "ranks": (3, 0, 2, 1)})
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(used), type=Mesh) == fresh

@@ -29,6 +29,8 @@ import torch.distributed as dist
 from shardpoint.comm import Comm, SoloComm
 from shardpoint.comm.liveness import Beat
 from shardpoint.comm.rounds import RoundComm
+from shardpoint.comm.tally import Merge
+from shardpoint.comm.tree import FANOUT
 from shardpoint.comm.votes import decode, encode
 from shardpoint.errors import DistributedError, UsageError
 
@@ -195,9 +197,11 @@ class C10dComm(RoundComm):
         stall_s: seconds without progress after which a rank counts as stalled. It also bounds the wait for a rank that
             was never heard of.
         heartbeat_s: seconds between two beats, and between two looks at the others' beats.
+        fanout: of how many ranks, at most, one rank takes the votes; the same on all ranks.
 
     Raises:
-        UsageError: torch.distributed is not initialised, this process is not in the group, or the times do not fit.
+        UsageError: torch.distributed is not initialised, this process is not in the group, or the times or `fanout` do
+            not fit.
         DistributedError: the group's store is gone, or does not answer.
 
     Collective:
@@ -211,6 +215,7 @@ class C10dComm(RoundComm):
         silence_s: float = 60.0,
         stall_s: float = 600.0,
         heartbeat_s: float = 5.0,
+        fanout: int = FANOUT,
     ) -> None:
         if not 0 < heartbeat_s <= silence_s / 2 or stall_s <= 0:
             text = (
@@ -225,6 +230,7 @@ class C10dComm(RoundComm):
             silence_s=silence_s,
             stall_s=stall_s,
             look_s=heartbeat_s,
+            fanout=fanout,
         )
         name = group.group_name
         self._prefix = f"shardpoint/{_instances[name]}"
@@ -235,6 +241,7 @@ class C10dComm(RoundComm):
         self._num_beats = 0
         self._heard_of: set[int] = set()
         self._verdict_keys: list[str] = []
+        self._vote_keys: dict[str, list[str]] = {}
         self._line: _Line | None = None
         if self.world_size > 1:
             store = group.get_group_store()
@@ -253,12 +260,18 @@ class C10dComm(RoundComm):
         """Say whether rounds can still run: the comm is neither broken nor closed, and this process made it."""
         return self._broken is None and os.getpid() == self._process_id
 
-    def agree(self, topic: str, work: Callable[[], bytes], decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
+    def agree(
+        self,
+        topic: str,
+        work: Callable[[], bytes],
+        decide: Callable[[Sequence[bytes]], bytes],
+        merge: Merge | None = None,
+    ) -> bytes:
         """Run one collective round (see `Comm.agree`)."""
         if os.getpid() != self._process_id:
             text = f"{topic}: this comm belongs to process {self._process_id}; a forked child cannot use it"
             raise UsageError(text)
-        return super().agree(topic, work, decide)
+        return super().agree(topic, work, decide, merge)
 
     def close(self) -> None:
         """Leave the group (see `Comm.close`).
@@ -328,9 +341,14 @@ class C10dComm(RoundComm):
     def _fetch_vote(self, number: int, rank: int) -> bytes | None:
         key = _vote_key(number, rank)
         vote, keys = self._get(key)
-        for used in keys:
-            self._delete(used)
+        if keys:
+            self._vote_keys[key] = keys
         return vote
+
+    def _remove_vote(self, number: int, rank: int) -> None:
+        key = _vote_key(number, rank)
+        for used in self._vote_keys.pop(key, None) or self._get(key)[1]:
+            self._delete(used)
 
     def _post_verdict(self, number: int, verdict: bytes) -> None:
         self._verdict_keys += self._put(_verdict_key(number), verdict)

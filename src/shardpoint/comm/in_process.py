@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from shardpoint.comm.liveness import Beat
 from shardpoint.comm.protocol import Comm
 from shardpoint.comm.rounds import RoundComm, agree_alone
+from shardpoint.comm.tally import Merge
+from shardpoint.comm.tree import FANOUT
 from shardpoint.errors import DistributedError, UsageError
 
 _SLICE_S = 0.5
@@ -27,8 +29,15 @@ class SoloComm:
         """Say whether this rank decides: it does."""
         return True
 
-    def agree(self, topic: str, work: Callable[[], bytes], decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
+    def agree(
+        self,
+        topic: str,
+        work: Callable[[], bytes],
+        decide: Callable[[Sequence[bytes]], bytes],
+        merge: Merge | None = None,
+    ) -> bytes:
         """Run `work`, then `decide` (see `Comm.agree`)."""
+        del merge  # there is nothing to merge with
         if self._closed:
             text = f"{topic}: this comm can be used no more: it was closed"
             raise DistributedError(text)
@@ -61,8 +70,10 @@ class _Room:
 class InProcessComm(RoundComm):
     """Agree with the other ranks of one process, each of which is a thread. Made by `in_process_comms`."""
 
-    def __init__(self, rank: int, world_size: int, room: _Room, *, stall_s: float, look_s: float) -> None:
-        super().__init__(rank, world_size, silence_s=float("inf"), stall_s=stall_s, look_s=look_s)
+    def __init__(
+        self, rank: int, world_size: int, room: _Room, *, stall_s: float, look_s: float, fanout: int = FANOUT
+    ) -> None:
+        super().__init__(rank, world_size, silence_s=float("inf"), stall_s=stall_s, look_s=look_s, fanout=fanout)
         self._room = room
         self._seen_version = 0
 
@@ -77,8 +88,11 @@ class InProcessComm(RoundComm):
 
     def _fetch_vote(self, number: int, rank: int) -> bytes | None:
         with self._room.news:
-            self._seen_version = self._room.version
-            return self._room.votes.pop((number, rank), None)
+            return self._room.votes.get((number, rank))
+
+    def _remove_vote(self, number: int, rank: int) -> None:
+        with self._room.news:
+            self._room.votes.pop((number, rank), None)
 
     def _post_verdict(self, number: int, verdict: bytes) -> None:
         with self._room.news:
@@ -87,7 +101,6 @@ class InProcessComm(RoundComm):
 
     def _fetch_verdict(self, number: int) -> bytes | None:
         with self._room.news:
-            self._seen_version = self._room.version
             return self._room.verdicts.get(number)
 
     def _retire(self, number: int) -> None:
@@ -105,29 +118,37 @@ class InProcessComm(RoundComm):
             self._room.news.wait_for(
                 lambda: self._room.version != self._seen_version, timeout=min(_SLICE_S, self._look_s)
             )
+            # Race: what comes from here on, while this rank looks here and there, ends the next pause at once.
+            self._seen_version = self._room.version
 
     def _announce(self) -> None:
         with self._room.news:
             self._room.publish()
 
 
-def in_process_comms(world_size: int, *, stall_s: float = 600.0, look_s: float = 0.5) -> list[Comm]:
+def in_process_comms(
+    world_size: int, *, stall_s: float = 600.0, look_s: float = 0.5, fanout: int = FANOUT
+) -> list[Comm]:
     """Make the comms of ranks that are threads of this process.
 
     Args:
         world_size: how many ranks there are, at least 1.
         stall_s: seconds without progress after which a rank that is waited for is given up.
         look_s: seconds between two looks at whether a rank left or stalled.
+        fanout: of how many ranks, at most, one rank takes the votes.
 
     Returns:
         One comm for each rank, in the order of the ranks; each is used by one thread.
 
     Raises:
-        UsageError: `world_size` is less than 1.
+        UsageError: `world_size` or `fanout` is less than 1.
     """
     if world_size < 1:
         text = f"a group has at least 1 rank, not {world_size}"
         raise UsageError(text)
     room = _Room()
-    room.members = [InProcessComm(rank, world_size, room, stall_s=stall_s, look_s=look_s) for rank in range(world_size)]
+    room.members = [
+        InProcessComm(rank, world_size, room, stall_s=stall_s, look_s=look_s, fanout=fanout)
+        for rank in range(world_size)
+    ]
     return list(room.members)

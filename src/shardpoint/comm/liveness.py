@@ -88,6 +88,10 @@ class Watch:
                 lost[rank] = reason
         return lost, moved
 
+    def add(self, rank: int) -> None:
+        """Watch one more rank; its time starts now."""
+        self._beat_at[rank] = self._moved_at[rank] = self._clock()
+
     def forget(self, rank: int) -> None:
         """Stop watching a rank: it is waited for no longer."""
         self._beat_at.pop(rank, None)

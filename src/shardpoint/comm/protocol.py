@@ -24,18 +24,33 @@ class Comm(Protocol):
     def is_coordinator(self) -> bool:
         """Say whether this rank decides: True on rank 0 of the group, and nowhere else."""
 
-    def agree(self, topic: str, work: Callable[[], bytes], decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
+    def agree(
+        self,
+        topic: str,
+        work: Callable[[], bytes],
+        decide: Callable[[Sequence[bytes]], bytes],
+        merge: Callable[[Sequence[bytes]], bytes] | None = None,
+    ) -> bytes:
         """Run one collective round: every rank works, the coordinator decides, every rank gets the verdict.
 
         `work()` runs on every rank; what it returns, or the error that it raises, is the rank's *vote*. When no vote is
         an error, the coordinator runs `decide(votes)`, and what that returns is the *verdict*. A round has no deadline:
         it goes on for as long as every rank that is waited for shows signs of life and of progress.
 
+        Votes may travel to the coordinator over other ranks. With `merge` these make one payload of several on the way,
+        so that no rank ever handles more than a few; `decide` then gets one payload, in which all are merged.
+
         Args:
             topic: what the round is about, in a word or two. It stands in every error's message, and must be the same
                 on all ranks: ranks that meet in one round with different topics all fail.
             work: this rank's part. Long work should report what it moved through `progress`.
-            decide: runs on the coordinator alone, with the votes in the order of the ranks.
+            decide: runs on the coordinator alone: without `merge` with all votes in the order of the ranks, with it
+                with a list of one, what `merge` made of all of them. (A single vote is not merged: in a group of one
+                rank `decide` gets it as it is.)
+            merge: makes one payload of two or more, each of which is a vote or was merged itself. It must be
+                associative and commutative, for votes are merged in any grouping and order; it runs on any rank, and
+                only while no vote is an error. Where it raises, that rank failed, as if its `work` had raised. What
+                must be refused is better kept for `decide` to see. Given on all ranks, or on none.
 
         Returns:
             The verdict, the same bytes on every rank.

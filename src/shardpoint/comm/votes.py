@@ -38,6 +38,36 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag_field="outcome", 
     ours: bool
 
 
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """What ranks whose work succeeded voted, in one.
+
+    Attributes:
+        topic: of their round.
+        ranks: whose votes these are.
+        payload: their payloads, merged; empty where the round fails in any case.
+    """
+
+    topic: str
+    ranks: list[int]
+    payload: bytes
+
+
+class Bundle(msgspec.Struct, frozen=True, array_like=True, tag_field="outcome", tag="bundle"):
+    """What a rank hands on: its own vote and those that it took, each rank's exactly once.
+
+    Attributes:
+        shares: of the ranks whose work succeeded.
+        failed: the others' votes.
+        lost: ranks that were waited for in vain, with the reasons; the round fails, and nobody need wait any longer.
+        orphans: ranks whose votes this rank should have taken and did not: whoever reads this takes them.
+    """
+
+    shares: list[Share]
+    failed: list[tuple[int, Failed]]
+    lost: dict[int, str]
+    orphans: list[int]
+
+
 class Agreed(msgspec.Struct, frozen=True, array_like=True, tag="agreed"):
     """The verdict of a round that succeeded."""
 
@@ -72,9 +102,9 @@ def decode(data: bytes, kind: Any) -> Any:
         raise DistributedError(text) from error
 
 
-def decode_vote(data: bytes) -> Done | Failed:
-    """Return what a rank voted (raises as `decode`)."""
-    vote: Done | Failed = decode(data, Done | Failed)
+def decode_vote(data: bytes) -> Done | Failed | Bundle:
+    """Return what a rank voted, or handed on (raises as `decode`)."""
+    vote: Done | Failed | Bundle = decode(data, Done | Failed | Bundle)
     return vote
 
 

@@ -16,6 +16,7 @@ from shardpoint.engine.parts import (
     save_optimizer_file,
 )
 from shardpoint.engine.pending import PendingSave
+from shardpoint.engine.plans import PlanCache, SavePlan
 from shardpoint.engine.results import LoadResult, SaveResult
 from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
 from shardpoint.engine.source import Source, open_committed, source_of
@@ -36,7 +37,9 @@ __all__ = [
     "BackgroundSaver",
     "LoadResult",
     "PendingSave",
+    "PlanCache",
     "SaveAttempt",
+    "SavePlan",
     "SaveRequest",
     "SaveResult",
     "Source",

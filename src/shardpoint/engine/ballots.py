@@ -46,6 +46,7 @@ def agree(
     ballot_type: type[Ballot],
     decide: Callable[[Sequence[Ballot]], Verdict],
     verdict_type: type[Verdict],
+    merge: Callable[[Sequence[Ballot]], Ballot] | None = None,
 ) -> Verdict:
     """Run one round with typed ballots and a typed verdict.
 
@@ -54,8 +55,9 @@ def agree(
         topic: for errors; the same on all ranks.
         work: this rank's part; a finding that it raises becomes its ballot.
         ballot_type: a msgspec-encodable type.
-        decide: runs on the coordinator with all ballots in rank order.
+        decide: runs on the coordinator: without `merge` with all ballots in rank order, with it with one.
         verdict_type: a msgspec-encodable type.
+        merge: makes one ballot of two or more; associative and commutative, on any rank (see `Comm.agree`).
 
     Raises:
         CheckpointError: the lowest rank's finding, on every rank; or as `Comm.agree` says.
@@ -70,17 +72,33 @@ def agree(
         except FINDINGS as error:
             if comm.world_size == 1:
                 raise
-            return b"-" + msgspec.json.encode(to_fields(error))
+            return b"-" + msgspec.json.encode((comm.rank, to_fields(error)))
+
+    def ballots_of(votes: Sequence[bytes]) -> list[Ballot]:
+        return [msgspec.msgpack.decode(ballot[1:], type=ballot_type) for ballot in votes]
 
     def judge(votes: Sequence[bytes]) -> bytes:
-        for ballot in votes:
-            if ballot[:1] == b"-":
-                fields: dict[str, Any] = msgspec.json.decode(ballot[1:])
-                raise revive(fields)
-        ballots = [msgspec.msgpack.decode(ballot[1:], type=ballot_type) for ballot in votes]
-        return msgspec.msgpack.encode(decide(ballots))
+        finding = _lowest_finding(votes)
+        if finding is not None:
+            fields: dict[str, Any] = _found(finding)[1]
+            raise revive(fields)
+        return msgspec.msgpack.encode(decide(ballots_of(votes)))
 
-    return msgspec.msgpack.decode(comm.agree(topic, vote, judge), type=verdict_type)
+    def merge_votes(votes: Sequence[bytes]) -> bytes:
+        assert merge is not None  # noqa: S101 - handed on only then
+        return _lowest_finding(votes) or b"+" + msgspec.msgpack.encode(merge(ballots_of(votes)))
+
+    verdict = comm.agree(topic, vote, judge, None if merge is None else merge_votes)
+    return msgspec.msgpack.decode(verdict, type=verdict_type)
+
+
+def _found(vote: bytes) -> tuple[int, dict[str, Any]]:
+    return msgspec.json.decode(vote[1:], type=tuple[int, dict[str, Any]])
+
+
+def _lowest_finding(votes: Sequence[bytes]) -> bytes | None:
+    """Return the vote of the lowest rank among those that found something; None where none did."""
+    return min((vote for vote in votes if vote[:1] == b"-"), key=lambda vote: _found(vote)[0], default=None)
 
 
 def with_modified_target(error: CheckpointError) -> CheckpointError:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from shardpoint import __version__
-from shardpoint.checksum import Partial, combine, crc64, to_hex, unpack_partials
+from shardpoint.checksum import combine, crc64, merge_packed, to_hex, whole_tensors
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, publish, publish_file
 from shardpoint.engine.opening import CoordinatorState, SaveRequest
@@ -26,19 +26,30 @@ from shardpoint.planning import Layout, MergedTable
 
 
 class Written(msgspec.Struct, frozen=True):
-    """A rank's vote: what it wrote is durable.
+    """What some ranks voted: what they wrote is durable.
 
     Attributes:
-        attempt_id: of the attempt that it wrote into.
-        partials: packed, one for each tensor of which it wrote bytes.
-        files: the documents that it wrote.
-        notes: what a person should know of how it wrote.
+        attempts: the attempts in which they wrote, each with its lowest rank.
+        partials: packed, one for each tensor of which they wrote bytes.
+        files: the documents that each rank wrote.
+        notes: what a person should know of how they wrote.
     """
 
-    attempt_id: str
+    attempts: dict[str, int]
     partials: bytes
-    files: list[FileEntry]
+    files: dict[int, list[FileEntry]]
     notes: list[str]
+
+
+def merge_written(ballots: Sequence[Written]) -> Written:
+    """Make one vote of several."""
+    attempts: dict[str, int] = {}
+    for ballot in ballots:
+        for attempt_id, rank in ballot.attempts.items():
+            attempts[attempt_id] = min(rank, attempts.get(attempt_id, rank))
+    files = {rank: entries for ballot in ballots for rank, entries in ballot.files.items()}
+    notes = sorted({note for ballot in ballots for note in ballot.notes})
+    return Written(attempts, merge_packed([ballot.partials for ballot in ballots]), files, notes)
 
 
 class Committed(msgspec.Struct, frozen=True):
@@ -52,9 +63,7 @@ class Committed(msgspec.Struct, frozen=True):
     notes: list[str]
 
 
-def commit_votes(
-    comm: Comm, request: SaveRequest, ballots: Sequence[Written], coordinator: CoordinatorState
-) -> Committed:
+def commit_votes(comm: Comm, request: SaveRequest, written: Written, coordinator: CoordinatorState) -> Committed:
     """Commit what all ranks voted for; on the coordinator.
 
     Raises:
@@ -64,15 +73,15 @@ def commit_votes(
     """
     attempt, merged, layout = coordinator.attempt, coordinator.merged, coordinator.layout
     assert attempt is not None and merged is not None and layout is not None  # noqa: S101, PT018 - opened before
-    strangers = [rank for rank, ballot in enumerate(ballots) if ballot.attempt_id != attempt.attempt_id]
+    strangers = {rank: other for other, rank in written.attempts.items() if other != attempt.attempt_id}
     if strangers:
-        text = f"ranks {strangers} voted on another attempt than {attempt.attempt_id}"
+        text = f"ranks voted on another attempt than {attempt.attempt_id}; the lowest of each: {strangers}"
         raise DistributedError(text)
-    crcs = _whole_crcs(merged, ballots)
+    crcs = _whole_crcs(merged, written)
     documents = coordinator.documents
     files, tensors = _entries(merged, layout, crcs)
     files += [FileEntry(path, len(data), to_hex(crc64(data))) for path, data in documents.items()]
-    files += [entry for ballot in ballots for entry in ballot.files]
+    files += [entry for _, entries in sorted(written.files.items()) for entry in entries]
     manifest = Manifest(
         format=FORMAT_NAME,
         version=(FORMAT_MAJOR, FORMAT_MINOR),
@@ -96,7 +105,7 @@ def commit_votes(
     else:
         commit_or_unknown(attempt, lambda: publish(attempt, {}, manifest))
     total = sum(entry.size_bytes for entry in files)
-    notes = list(dict.fromkeys([*attempt.notes, *(note for ballot in ballots for note in ballot.notes)]))
+    notes = list(dict.fromkeys([*attempt.notes, *written.notes]))
     return Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, len(tensors), notes)
 
 
@@ -118,23 +127,20 @@ def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:
         raise CommitUnknownError(text, attempt_id=attempt.attempt_id) from error
 
 
-def _whole_crcs(merged: MergedTable, ballots: Sequence[Written]) -> list[int]:
-    """Merge the ranks' partials; refuse a tensor of which a byte has no writer, or two."""
-    totals = [Partial() for _ in merged.entries]
-    for ballot in ballots:
-        for index, partial in unpack_partials(ballot.partials):
-            totals[index].merge(partial)
+def _whole_crcs(merged: MergedTable, written: Written) -> list[int]:
+    """Return the tensors' checksums; refuse a tensor of which a byte has no writer, or two."""
+    whole = whole_tensors([written.partials], [entry.num_bytes for entry in merged.entries])
     holes = [
-        f"{entry.label}: {total.sum_bytes} of {entry.num_bytes} bytes"
-        for entry, total in zip(merged.entries, totals, strict=True)
-        if not total.covers(entry.num_bytes)
+        f"{entry.label}: {counted_bytes} of {entry.num_bytes} bytes"
+        for entry, counted_bytes, covered in zip(merged.entries, whole.counted_bytes, whole.covered, strict=True)
+        if not covered
     ]
     if holes:
         text = "the ranks together did not write every byte exactly once; nothing was committed:\n  " + "\n  ".join(
             holes
         )
         raise DistributedError(text)
-    return [total.whole_crc(entry.num_bytes) for entry, total in zip(merged.entries, totals, strict=True)]
+    return whole.crcs
 
 
 def _entries(merged: MergedTable, layout: Layout, crcs: Sequence[int]) -> tuple[list[FileEntry], list[TensorEntry]]:

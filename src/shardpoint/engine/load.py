@@ -14,7 +14,7 @@ import msgspec
 
 from shardpoint.adapters.collect import Collected
 from shardpoint.adapters.optimizer import unplaced_members
-from shardpoint.checksum import Partial, pack_partials, to_hex, unpack_partials
+from shardpoint.checksum import merge_packed, pack_partials, to_hex, whole_tensors
 from shardpoint.comm import Comm
 from shardpoint.engine.ballots import agree, with_modified_target
 from shardpoint.engine.reading import check_files, read_tensors
@@ -68,6 +68,10 @@ class _Matched(msgspec.Struct, frozen=True):
 class _Read(msgspec.Struct, frozen=True):
     partials: bytes
     num_bytes: int
+
+
+def _merge_read(ballots: Sequence[_Read]) -> _Read:
+    return _Read(merge_packed([ballot.partials for ballot in ballots]), sum(ballot.num_bytes for ballot in ballots))
 
 
 class _Done(msgspec.Struct, frozen=True):
@@ -181,7 +185,7 @@ def load(
         assert plan is not None  # noqa: S101 - every rank has voted, so `read` ran here
         return _verify(found, *plan, ballots)
 
-    agree(comm, "load: read", read, _Read, verify, _Done)
+    agree(comm, "load: read", read, _Read, verify, _Done, _merge_read)
     assert plan is not None  # noqa: S101 - the round succeeded, so `read` did
     match = plan[1]
 
@@ -219,22 +223,19 @@ def _check_same(ballots: Sequence[_Resolved]) -> _Resolved:
 def _verify(source: Source, target: MergedTable, match: Match, ballots: Sequence[_Read]) -> _Done:
     if not source.sealed:
         return _Done()
-    totals = [Partial() for _ in target.entries]
-    for ballot in ballots:
-        for index, partial in unpack_partials(ballot.partials):
-            totals[index].merge(partial)
-    for entry, total, stored_index in zip(target.entries, totals, match.stored, strict=True):
+    whole = whole_tensors([ballot.partials for ballot in ballots], [entry.num_bytes for entry in target.entries])
+    for index, (entry, stored_index) in enumerate(zip(target.entries, match.stored, strict=True)):
         if stored_index is None:
             continue
         stored = source.manifest.tensors[stored_index]
         path = source.manifest.files[stored.file].path
-        if not total.covers(entry.num_bytes):
+        if not whole.covered[index]:
             text = (
-                f"{entry.label}: the ranks together read {total.sum_bytes} of {entry.num_bytes} bytes: some of its "
-                "holders do not take part in this load"
+                f"{entry.label}: the ranks together read {whole.counted_bytes[index]} of {entry.num_bytes} bytes: some "
+                "of its holders do not take part in this load"
             )
             raise DistributedError(text)
-        actual = to_hex(total.whole_crc(entry.num_bytes))
+        actual = to_hex(whole.crcs[index])
         if actual != stored.crc64nvme:
             text = (
                 f"{path} of {source.manifest.name} is damaged: tensor {stored.key} does not have the checksum that was "

@@ -1,19 +1,19 @@
-"""What a rank does in a save, planned once for each structure and used again for as long as nothing changes.
+"""What was planned already: a job saves the same structure again and again, and need not plan it again.
 
-A plan is looked up by everything that it follows from: the digest of the merged table (names, shapes, dtypes,
-placements, meshes, world), the files' names and greatest size, the rank, and the size of a staging buffer.
+A plan is a pure function of the merged table, the naming of the parts, the largest file, the rank and the size of a
+staging buffer. All of them are in the key (the table as its digest, which covers names, shapes, dtypes, placements,
+meshes and the world), so that nothing that could change a plan is left out: a cache that went by names alone would
+write a tensor of a new shape at the offsets of the old one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import msgspec
 
 from shardpoint.planning import (
     Chunk,
@@ -21,6 +21,7 @@ from shardpoint.planning import (
     MergedTable,
     PartNaming,
     RunTable,
+    WriteItem,
     gathered_entries,
     owned_items,
     plan_chunks,
@@ -30,9 +31,10 @@ from shardpoint.planning import (
     whole_items,
 )
 
-MAX_CACHED = 8
+MAX_PLANS = 8
+BUFFER_BYTES = 16 * 2**20
 
-T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SavePlan:
 
     Attributes:
         layout: all files.
+        items: what this rank owns.
         chunks: what this rank stages and writes, in order.
         small_chunks: on the coordinator, the gathered tensors, which it stages and writes once it has them.
         gathered: the small tensors whose parts go to the coordinator, by index.
@@ -49,6 +52,7 @@ class SavePlan:
     """
 
     layout: Layout
+    items: tuple[WriteItem, ...]
     chunks: list[Chunk]
     small_chunks: list[Chunk]
     gathered: tuple[int, ...]
@@ -62,12 +66,14 @@ class SavePlan:
 
 def make_plan(table: MergedTable, layout: Layout, rank: int, buffer_bytes: int) -> SavePlan:
     """Plan one rank's part."""
+    items = tuple(owned_items(table, rank))
     gathered = gathered_entries(table)
-    written, sent = split_items(owned_items(table, rank), gathered)
+    written, sent = split_items(items, gathered)
     small = whole_items(table, gathered) if rank == 0 else []
     runs, local = tabulate_runs(table, sent)
     return SavePlan(
         layout,
+        items,
         plan_chunks(table, layout, written, buffer_bytes),
         plan_chunks(table, layout, small, buffer_bytes),
         gathered,
@@ -76,55 +82,64 @@ def make_plan(table: MergedTable, layout: Layout, rank: int, buffer_bytes: int) 
     )
 
 
-@dataclass
 class PlanCache:
-    """The last layouts and plans, by all that they follow from."""
+    """Layouts and plans of the last structures. Threads may share one.
 
-    _layouts: OrderedDict[bytes, Layout] = field(default_factory=OrderedDict)
-    _plans: OrderedDict[bytes, SavePlan] = field(default_factory=OrderedDict)
+    Args:
+        max_plans: how many layouts are kept, and how many ranks' plans: those that were used last.
+    """
 
-    def layout(self, table: MergedTable, naming: Mapping[str, PartNaming], max_file_bytes: int) -> Layout:
-        """Return where everything lies.
+    def __init__(self, max_plans: int = MAX_PLANS) -> None:
+        self._max_plans = max_plans
+        self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self._plans: OrderedDict[Any, SavePlan] = OrderedDict()
+        self._lock = threading.Lock()
 
-        Raises:
-            UsageError: as `plan_files`.
-        """
-        key = _layout_key(table, naming, max_file_bytes)
-        return _cached(self._layouts, key, lambda: plan_files(table, naming, max_file_bytes))
+    def layout(self, merged: MergedTable, naming: Mapping[str, PartNaming], max_file_bytes: int) -> Layout:
+        """Return what `plan_files` returns (and raises)."""
+        key = (merged.digest, _naming_key(naming), max_file_bytes)
+        return self._recall(self._layouts, key, lambda: plan_files(merged, naming, max_file_bytes))
 
     def plan(
-        self, table: MergedTable, naming: Mapping[str, PartNaming], max_file_bytes: int, rank: int, buffer_bytes: int
+        self,
+        merged: MergedTable,
+        naming: Mapping[str, PartNaming],
+        max_file_bytes: int,
+        rank: int,
+        buffer_bytes: int = BUFFER_BYTES,
     ) -> SavePlan:
-        """Return one rank's part.
+        """Return what a rank does in a save of a structure.
+
+        Args:
+            merged: the merged table.
+            naming: part -> how its files are called.
+            max_file_bytes: the largest file.
+            rank: whose plan.
+            buffer_bytes: the size of a staging buffer, a multiple of 4096.
 
         Raises:
-            UsageError: as `plan_files`.
+            UsageError: as `plan_files` says.
         """
-        layout_key = _layout_key(table, naming, max_file_bytes)
-        key = _digest((layout_key, rank, buffer_bytes))
-        return _cached(
-            self._plans,
-            key,
-            lambda: make_plan(table, self.layout(table, naming, max_file_bytes), rank, buffer_bytes),
-        )
+        layout = self.layout(merged, naming, max_file_bytes)
+        key = (merged.digest, _naming_key(naming), max_file_bytes, rank, buffer_bytes)
+        return self._recall(self._plans, key, lambda: make_plan(merged, layout, rank, buffer_bytes))
+
+    def _recall(self, known: OrderedDict[Any, Made], key: Any, make: Callable[[], Made]) -> Made:
+        with self._lock:
+            if key in known:
+                known.move_to_end(key)
+                return known[key]
+        made = make()
+        with self._lock:
+            known[key] = made
+            while len(known) > self._max_plans:
+                known.popitem(last=False)
+        return made
 
 
-def _layout_key(table: MergedTable, naming: Mapping[str, PartNaming], max_file_bytes: int) -> bytes:
-    names = [
-        (part, named.stem, named.single, named.variant, sorted((named.metadata or {}).items()))
-        for part, named in sorted(naming.items())
-    ]
-    return _digest((table.digest, names, max_file_bytes))
-
-
-def _digest(value: Any) -> bytes:
-    return hashlib.sha256(msgspec.msgpack.encode(value)).digest()
-
-
-def _cached(known: OrderedDict[bytes, T], key: bytes, make: Callable[[], T]) -> T:
-    if key not in known:
-        known[key] = make()
-        while len(known) > MAX_CACHED:
-            known.popitem(last=False)
-    known.move_to_end(key)
-    return known[key]
+def _naming_key(naming: Mapping[str, PartNaming]) -> tuple[Any, ...]:
+    # Order: of the parts no matter; of a header's texts it is that of the header, and so of the bytes on disk.
+    return tuple(
+        (part, names.stem, names.single, names.variant, tuple((names.metadata or {}).items()))
+        for part, names in sorted(naming.items())
+    )

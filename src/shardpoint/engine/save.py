@@ -18,7 +18,7 @@ from shardpoint.checksum import crc64, pack_partials, to_hex
 from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner, write_documents
 from shardpoint.engine.ballots import agree
-from shardpoint.engine.committing import Committed, Written, commit_votes
+from shardpoint.engine.committing import Committed, Written, commit_votes, merge_written
 from shardpoint.engine.gathering import ByteExchange, write_gathered
 from shardpoint.engine.opening import (
     AgreedSave,
@@ -178,8 +178,9 @@ class SaveAttempt:
                 "save: commit",
                 lambda: self._write(comm, agreed, opened, staged),
                 Written,
-                lambda ballots: commit_votes(comm, request, ballots, self._coordinator),
+                lambda ballots: commit_votes(comm, request, merge_written(ballots), self._coordinator),
                 Committed,
+                merge_written,
             )
         except CollectiveTimeout as error:
             if not comm.is_coordinator and 0 in error.waiting_for:
@@ -234,7 +235,9 @@ class SaveAttempt:
             else:
                 write_staged(files, everything, sums, comm.progress)
             entries, notes = documents.result(), files.notes
-        return Written(opened.attempt_id, pack_partials(sums.partials(agreed.table)), entries, notes)
+        files_written = {comm.rank: entries} if entries else {}
+        partials = pack_partials(sums.partials(agreed.table))
+        return Written({opened.attempt_id: comm.rank}, partials, files_written, notes)
 
     def _write_documents(self, agreed: AgreedSave, opened: OpenSave) -> list[FileEntry]:
         """Write this rank's documents, and on the coordinator those of the whole checkpoint; return the rank's."""

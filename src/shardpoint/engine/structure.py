@@ -17,7 +17,7 @@ from shardpoint.comm import Comm
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.plans import PlanCache
 from shardpoint.errors import DistributedError
-from shardpoint.planning import MergedTable, Table, decode_table, encode_table, merge_tables
+from shardpoint.planning import MergedTable, Table, decode_tables, encode_table, merge_tables
 
 MAX_CACHED = 8
 
@@ -131,7 +131,8 @@ def exchange_tables(comm: Comm, topic: str, own: Table, structure: StructureVerd
 
 def merge_sent(sent: Sequence[tuple[list[int], bytes]], world_size: int) -> MergedTable:
     """Merge the tables that were sent, each with its ranks."""
-    return merge_tables([(ranks, decode_table(data)) for ranks, data in sent], world_size)
+    tables = decode_tables([data for _, data in sent])
+    return merge_tables([(ranks, table) for (ranks, _), table in zip(sent, tables, strict=True)], world_size)
 
 
 def settle(

@@ -112,9 +112,7 @@ def stage_chunk(table: MergedTable, chunk: Chunk, copier: Copier, buffer: Buffer
         raise
 
 
-def in_file_order(
-    first: Iterable[StagedChunk], second: Iterable[StagedChunk]
-) -> Generator[StagedChunk, None, None]:
+def in_file_order(first: Iterable[StagedChunk], second: Iterable[StagedChunk]) -> Generator[StagedChunk, None, None]:
     """Merge two flows that are each in the order of files; of one file, the first's chunks come first.
 
     Closing it gives back what it holds.

@@ -9,6 +9,7 @@ from shardpoint.planning.facts import (
     Table,
     TensorFact,
     decode_table,
+    decode_tables,
     encode_table,
     merge_tables,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "TensorFact",
     "WriteItem",
     "decode_table",
+    "decode_tables",
     "encode_table",
     "gathered_entries",
     "held_runs",

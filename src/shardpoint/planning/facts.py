@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import msgspec
 
@@ -44,7 +45,7 @@ class TensorFact:
     placements: tuple[Placement, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
     """One rank's facts, in the order of its model.
 
@@ -58,15 +59,53 @@ class Table:
     facts: tuple[TensorFact, ...]
     members: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def encoded(self) -> bytes:
+        """The table as it travels, and as its digest is taken."""
+        meshes = tuple(msgspec.Raw(msgspec.msgpack.encode(mesh)) for mesh in self.meshes)
+        facts, members = (msgspec.Raw(msgspec.msgpack.encode(part)) for part in (self.facts, self.members))
+        return msgspec.msgpack.encode(_Wire(meshes, facts, members))
+
+
+class _Wire(msgspec.Struct, frozen=True, array_like=True):
+    """A table as it travels: its parts are encoded one by one, so that equal parts of several tables show as bytes."""
+
+    meshes: tuple[msgspec.Raw, ...]
+    facts: msgspec.Raw
+    members: msgspec.Raw
+
 
 def encode_table(table: Table) -> bytes:
-    """Return a table as bytes: equal tables give equal bytes."""
-    return msgspec.msgpack.encode(table)
+    """Return a table as bytes: equal tables give equal bytes. They are made once."""
+    return table.encoded
 
 
 def decode_table(data: bytes) -> Table:
     """Return the table that `encode_table` encoded."""
-    return msgspec.msgpack.decode(data, type=Table)
+    return decode_tables([data])[0]
+
+
+def decode_tables(encoded: Sequence[bytes]) -> list[Table]:
+    """Return the tables that `encode_table` encoded; what several have in common is one object.
+
+    Under tensor parallelism each of its ranks sees another data-parallel mesh, and all else alike: the facts, which are
+    most of a table, are decoded once, and `merge_tables` looks at them once.
+    """
+    known: dict[tuple[Any, bytes], Any] = {}
+
+    def part(raw: msgspec.Raw, kind: Any) -> Any:
+        key = (kind, bytes(raw))
+        if key not in known:
+            known[key] = msgspec.msgpack.decode(raw, type=kind)
+        return known[key]
+
+    tables: list[Table] = []
+    for data in encoded:
+        wire = msgspec.msgpack.decode(data, type=_Wire)
+        meshes = tuple(part(raw, Mesh) for raw in wire.meshes)
+        facts, members = part(wire.facts, tuple[TensorFact, ...]), part(wire.members, tuple[tuple[str, str], ...])
+        tables.append(Table(meshes, facts, members))
+    return tables
 
 
 _Way = tuple[Mesh | None, tuple[Placement, ...]]
@@ -87,7 +126,7 @@ class Holding:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Entry:
     """One tensor, as all ranks together know it."""
 
@@ -99,7 +138,7 @@ class Entry:
     shape: tuple[int, ...]
     holdings: tuple[Holding, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """The bytes of the whole tensor."""
         return tensor_bytes(*stored_form(self.dtype, self.shape))
@@ -121,7 +160,17 @@ class MergedTable:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ when anything in the table differs."""
-        return hashlib.sha256(msgspec.msgpack.encode((self.entries, self.world_size, sorted(self.members)))).digest()
+        # Most tensors are held in one of a few ways: each way, with its thousands of ranks, is told once.
+        number_of: dict[tuple[Holding, ...], int] = {}
+        seen: dict[int, int] = {}
+        rows: list[tuple[str, str, str | None, str, str, tuple[int, ...], int]] = []
+        for entry in self.entries:
+            number = seen.get(id(entry.holdings))
+            if number is None:
+                number = seen[id(entry.holdings)] = number_of.setdefault(entry.holdings, len(number_of))
+            rows.append((entry.part, entry.fqn, entry.state, entry.key, entry.dtype, entry.shape, number))
+        told = (list(number_of), rows, self.world_size, sorted(self.members))
+        return hashlib.sha256(msgspec.msgpack.encode(told)).digest()
 
     @property
     def total_bytes(self) -> int:
@@ -143,6 +192,77 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
         UsageError: two ranks describe one name differently, one rank names a tensor twice, two keys are one tensor, or
             a rank of a tensor's mesh does not have the tensor (its bytes would have no writer).
     """
+    sources, slots = _sources(tables)
+    merged: dict[tuple[str, str], tuple[TensorFact, _Where]] = {}
+    clean = True
+    for source, facts in enumerate(sources):
+        numbers = {slot: number for number, slot in enumerate(slots[source])}
+        for fact in facts:
+            name, where = (fact.part, fact.key), (source, numbers[fact.mesh, fact.placements])
+            known = merged.get(name)
+            if known is None:
+                merged[name] = (fact, (where,))
+                continue
+            first, places = known
+            clean = clean and places[-1][0] != source and _identity(first) == _identity(fact)
+            merged[name] = (first, (*places, where))
+    holdings: dict[_Where, tuple[Holding, ...]] = {}
+    for _, places in merged.values():
+        if places not in holdings:
+            ways = _ways(tables, sources, slots, places)
+            clean = clean and not any(_absent(ways))
+            holdings[places] = _holdings(ways)
+    if not clean or len({(fact.part, fact.fqn, fact.state) for fact, _ in merged.values()}) != len(merged):
+        raise UsageError("the ranks do not describe the same tensors:\n  " + "\n  ".join(_conflicts(tables)))
+    entries = tuple(
+        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, holdings[places])
+        for fact, places in merged.values()
+    )
+    members = frozenset(member for _, table in tables for member in table.members)
+    return MergedTable(entries, world_size, members)
+
+
+_Tables = Sequence[tuple[Sequence[int], Table]]
+_Slot = tuple[int | None, tuple[Placement, ...]]
+"""Mesh, by its index in a table, and placements: how one table says that a tensor is held."""
+_Where = tuple[tuple[int, int], ...]
+"""Which sources name a tensor, ascending, and in which slot each: tensors of equal places are held alike."""
+
+
+def _sources(tables: _Tables) -> tuple[list[tuple[TensorFact, ...]], list[list[_Slot]]]:
+    """Return the distinct fact lists (by identity: those that tables share), and the slots that each one uses."""
+    sources = list({id(table.facts): table.facts for _, table in tables}.values())
+    return sources, [list(dict.fromkeys((fact.mesh, fact.placements) for fact in facts)) for facts in sources]
+
+
+def _ways(
+    tables: _Tables, sources: list[tuple[TensorFact, ...]], slots: list[list[_Slot]], places: _Where
+) -> dict[_Way, list[int]]:
+    """Return the ways in which the tensors of some places are held, with their ranks, in the order of the tables."""
+    slot_of = {id(sources[source]): slots[source][number] for source, number in places}
+    ways: dict[_Way, list[int]] = {}
+    for ranks, table in tables:
+        if id(table.facts) in slot_of:
+            index, placements = slot_of[id(table.facts)]
+            ways.setdefault((None if index is None else table.meshes[index], placements), []).extend(ranks)
+    return ways
+
+
+def _identity(fact: TensorFact) -> tuple[str, str | None, str, tuple[int, ...]]:
+    return fact.fqn, fact.state, fact.dtype, fact.shape
+
+
+def _holdings(ways: dict[_Way, list[int]]) -> tuple[Holding, ...]:
+    return tuple(Holding(tuple(sorted(ranks)), mesh, placements) for (mesh, placements), ranks in ways.items())
+
+
+def _absent(ways: dict[_Way, list[int]]) -> list[list[int]]:
+    """Return, for each way, the ranks of its mesh that do not hold the tensor so."""
+    return [[] if mesh is None else sorted(set(mesh.ranks).difference(ranks)) for (mesh, _), ranks in ways.items()]
+
+
+def _conflicts(tables: _Tables) -> list[str]:
+    """Return what is wrong with tables that do not fit together, in words: one fact after another, at leisure."""
     merged: dict[tuple[str, str], tuple[TensorFact, dict[_Way, list[int]]]] = {}
     conflicts: list[str] = []
     for ranks, table in tables:
@@ -166,29 +286,9 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
         other = key_of.setdefault((part, fact.fqn, fact.state), key)
         if other != key:
             conflicts.append(f"{part}: {fact.fqn} is stored under two names, {other!r} and {key!r}")
-        conflicts += _absences(f"{part}/{key}", ways)
-    if conflicts:
-        text = "the ranks do not describe the same tensors:\n  " + "\n  ".join(conflicts)
-        raise UsageError(text)
-    entries = tuple(
-        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, _holdings(ways))
-        for fact, ways in merged.values()
-    )
-    members = frozenset(member for _, table in tables for member in table.members)
-    return MergedTable(entries, world_size, members)
-
-
-def _identity(fact: TensorFact) -> tuple[str, str | None, str, tuple[int, ...]]:
-    return fact.fqn, fact.state, fact.dtype, fact.shape
-
-
-def _holdings(ways: dict[_Way, list[int]]) -> tuple[Holding, ...]:
-    return tuple(Holding(tuple(sorted(ranks)), mesh, placements) for (mesh, placements), ranks in ways.items())
-
-
-def _absences(name: str, ways: dict[_Way, list[int]]) -> list[str]:
-    return [
-        f"{name}: spread over the ranks {sorted(mesh.ranks)}, of which {absent} do not have it in this way"
-        for (mesh, _), ranks in ways.items()
-        if mesh is not None and (absent := sorted(set(mesh.ranks) - set(ranks)))
-    ]
+        conflicts += [
+            f"{part}/{key}: spread over the ranks {sorted(mesh.ranks)}, of which {absent} do not have it in this way"
+            for (mesh, _), absent in zip(ways, _absent(ways), strict=True)
+            if mesh is not None and absent
+        ]
+    return conflicts

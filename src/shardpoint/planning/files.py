@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
+
 from shardpoint.container import FileLayout, layout_file
 from shardpoint.dtypes import stored_form
 from shardpoint.errors import UsageError
@@ -73,9 +75,10 @@ class Layout:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ when any file's name or header, or any tensor's place, differs."""
-        hashed = hashlib.sha256(repr(self.tensors).encode())
+        named = [(file.path, file.part, len(file.layout.header)) for file in self.files]
+        hashed = hashlib.sha256(msgspec.msgpack.encode((self.tensors, named)))
         for file in self.files:
-            hashed.update(repr((file.path, file.part, len(file.layout.header))).encode() + file.layout.header)
+            hashed.update(file.layout.header)
         return hashed.digest()
 
 

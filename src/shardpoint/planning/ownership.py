@@ -9,7 +9,6 @@ holds it, or by that rank's mesh.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from shardpoint.dtypes import itemsize_bytes, stored_form
@@ -89,17 +88,17 @@ def owned_items(table: MergedTable, rank: int) -> list[WriteItem]:
     Returns:
         One item for each tensor of which the rank owns at least a byte, in table order.
     """
-    groups: dict[tuple[int, ...], list[tuple[int, Region, int]]] = defaultdict(list)
+    groups: dict[tuple[int, ...], list[tuple[int, Region, int]]] = {}
+    shares: dict[tuple[int, tuple[int, ...], str], _Share | None] = {}
     for index, entry in enumerate(table.entries):
-        share = _share(entry, rank)
-        if share is None:
-            continue
-        region, members = share
-        dtype, shape = stored_form(entry.dtype, entry.shape)
-        pair_factor = 2 if len(shape) > len(entry.shape) else 1
-        num_bytes = region.numel * pair_factor * itemsize_bytes(dtype)
-        if num_bytes:
-            groups[members].append((index, region, num_bytes))
+        # Tensors of one kind, held alike, are shared alike; `merge_tables` gives them one object of holdings.
+        kind = (id(entry.holdings), entry.shape, entry.dtype)
+        if kind not in shares:
+            shares[kind] = _share_in_group(entry, rank, groups)
+        share = shares[kind]
+        if share is not None:
+            group, region, num_bytes = share
+            group.append((index, region, num_bytes))
     items: list[WriteItem] = []
     for members, shards in groups.items():
         position = members.index(rank)
@@ -107,12 +106,29 @@ def owned_items(table: MergedTable, rank: int) -> list[WriteItem]:
         low, high = total * position // len(members), total * (position + 1) // len(members)
         start = 0
         for index, region, num_bytes in shards:
-            local_start, local_stop = (_cut(edge - start, num_bytes) for edge in (low, high))
+            local_start, local_stop = _cut(low - start, num_bytes), _cut(high - start, num_bytes)
             if local_start < local_stop:
                 items.append(WriteItem(index, region, local_start, local_stop))
             start += num_bytes
     items.sort(key=lambda item: item.entry)
     return items
+
+
+_Share = tuple[list[tuple[int, Region, int]], Region, int]
+
+
+def _share_in_group(
+    entry: Entry, rank: int, groups: dict[tuple[int, ...], list[tuple[int, Region, int]]]
+) -> _Share | None:
+    """Return the group's list, the part that the group writes, and its size; None where the rank writes nothing."""
+    share = _share(entry, rank)
+    if share is None:
+        return None
+    region, members = share
+    dtype, shape = stored_form(entry.dtype, entry.shape)
+    pair_factor = 2 if len(shape) > len(entry.shape) else 1
+    num_bytes = region.numel * pair_factor * itemsize_bytes(dtype)
+    return (groups.setdefault(members, []), region, num_bytes) if num_bytes else None
 
 
 def _cut(edge: int, num_bytes: int) -> int:

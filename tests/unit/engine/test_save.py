@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -14,10 +16,11 @@ from torch import nn
 from shardpoint.adapters.collect import Collected
 from shardpoint.adapters.names import name_tensors
 from shardpoint.adapters.state import RunState
-from shardpoint.comm import Comm, in_process_comms
+from shardpoint.catalog import verify
+from shardpoint.comm import Comm, SoloComm, in_process_comms
 from shardpoint.commit import committed_checkpoints
-from shardpoint.engine import SaveRequest, SaveResult, StructureCache, save
-from shardpoint.errors import CommitUnknownError, PeerError, StorageError, UsageError
+from shardpoint.engine import SaveAttempt, SaveRequest, SaveResult, StructureCache, save
+from shardpoint.errors import CommitUnknownError, DistributedError, PeerError, StorageError, UsageError
 from shardpoint.planning import PartNaming
 from shardpoint.storage import BufferPool, LocalStore
 from shardpoint.testing import Fault, FaultyStore
@@ -25,8 +28,15 @@ from tests.training import on_disk
 from tests.unit.comm.threads import run_threads
 
 
-def save_on_two(
-    root: Path, faults: dict[int, list[Fault]], step: int, collect: Callable[[Collected], None] = lambda _: None
+plans_module: Any = importlib.import_module("shardpoint.engine.plans")
+
+
+def save_on(
+    root: Path,
+    faults: dict[int, list[Fault]],
+    step: int,
+    collect: Callable[[Collected], None] = lambda _: None,
+    world_size: int = 2,
 ) -> list[Any]:
     model = nn.Linear(2, 2)
     with torch.no_grad():
@@ -44,7 +54,7 @@ def save_on_two(
         store = FaultyStore(LocalStore(root), faults.get(comm.rank, []))
         return save(store, comm, request, StructureCache(), pool=BufferPool(2**21))
 
-    return run_threads(in_process_comms(2), rank_main)
+    return run_threads(in_process_comms(world_size, fanout=2), rank_main)
 
 
 def visible(root: Path) -> list[str]:
@@ -58,7 +68,7 @@ def interrupt() -> None:
 
 
 def test_the_coordinator_is_interrupted_while_another_rank_still_writes(tmp_path: Path) -> None:
-    assert all(isinstance(outcome, SaveResult) for outcome in save_on_two(tmp_path, {}, 1))
+    assert all(isinstance(outcome, SaveResult) for outcome in save_on(tmp_path, {}, 1))
     swept = threading.Event()
 
     def wait() -> None:
@@ -72,12 +82,12 @@ def test_the_coordinator_is_interrupted_while_another_rank_still_writes(tmp_path
         ],
         1: [Fault("write_document", "*rank-00001*", action="call", then=wait)],
     }
-    first, second = save_on_two(tmp_path, faults, 2)
+    first, second = save_on(tmp_path, faults, 2)
     assert type(first) is KeyboardInterrupt
     assert type(second) is PeerError
     assert second.failures[0].type == "KeyboardInterrupt"
     assert visible(tmp_path) == ["step-1"]
-    assert all(isinstance(outcome, SaveResult) for outcome in save_on_two(tmp_path, {}, 2))
+    assert all(isinstance(outcome, SaveResult) for outcome in save_on(tmp_path, {}, 2))
     assert visible(tmp_path) == ["step-1", "step-2"]
     assert on_disk(tmp_path / "step-2" / "modeling")["weight"].unique().item() == 2
 
@@ -88,9 +98,9 @@ def test_the_coordinator_is_interrupted_while_another_rank_still_writes(tmp_path
     [(0, "write", 2), (0, "sync", 1), (0, "close", 2), (0, "write_document", 1), (1, "write_document", 1)],
 )
 def test_a_rank_fails_while_it_writes(rank: int, op: str, nth: int, tmp_path: Path) -> None:
-    save_on_two(tmp_path, {}, 1)
+    save_on(tmp_path, {}, 1)
     pattern = "*rank-0000*" if op == "write_document" else "*/modeling/*"
-    outcomes = save_on_two(tmp_path, {rank: [Fault(op, pattern, nth=nth)]}, 2)
+    outcomes = save_on(tmp_path, {rank: [Fault(op, pattern, nth=nth)]}, 2)
     assert [type(outcome) for outcome in outcomes] == [PeerError, PeerError]
     assert [list(outcome.failures) for outcome in outcomes] == [[rank], [rank]]
     assert str(outcomes[0]) == str(outcomes[1])
@@ -105,7 +115,7 @@ def test_an_interruption_in_the_middle_of_the_commit_is_not_called_a_failure(tmp
             raise KeyboardInterrupt
 
     faults = [Fault("sync_directory", "", nth=nth, action="call", then=after_the_rename) for nth in range(1, 9)]
-    first, second = save_on_two(tmp_path, {0: faults}, 1)
+    first, second = save_on(tmp_path, {0: faults}, 1)
     assert type(first) is CommitUnknownError
     assert type(second) is CommitUnknownError
     (found,) = committed_checkpoints(LocalStore(tmp_path))
@@ -117,7 +127,7 @@ def test_documents_that_must_be_equal(tmp_path: Path) -> None:
     def differ(collected: Collected) -> None:
         collected.documents["lr_scheduler.json"] = str(collected.rank).encode()
 
-    outcomes = save_on_two(tmp_path, {}, 1, differ)
+    outcomes = save_on(tmp_path, {}, 1, differ)
     assert [type(outcome) for outcome in outcomes] == [UsageError, UsageError]
     assert "lr_scheduler.json differs between ranks" in str(outcomes[0])
     assert visible(tmp_path) == []
@@ -151,7 +161,81 @@ def test_ranks_that_lay_files_out_differently_commit_nothing(tmp_path: Path) -> 
         if collected.rank == 1:
             collected.naming["modeling"] = PartNaming("model", variant="fp32")
 
-    outcomes = save_on_two(tmp_path, {}, 1, other_names)
+    outcomes = save_on(tmp_path, {}, 1, other_names)
     assert [type(outcome) for outcome in outcomes] == [PeerError, PeerError]
     assert "lays out the files differently" in outcomes[0].failures[1].message
     assert visible(tmp_path) == []
+
+
+def test_what_ranks_wrote_comes_up_the_tree_whole_and_in_order(tmp_path: Path) -> None:
+    outcomes = save_on(tmp_path, {}, 1, world_size=8)
+    assert all(isinstance(outcome, SaveResult) for outcome in outcomes), outcomes
+    manifest = json.loads((tmp_path / "step-1" / "shardpoint.json").read_bytes())
+    own = [file["path"] for file in manifest["files"] if file["path"].startswith("rng/")]
+    assert own == [f"rng/rank-{rank:05d}.json" for rank in range(8)]
+    (committed,) = committed_checkpoints(LocalStore(tmp_path))
+    assert verify(LocalStore(tmp_path), committed).ok
+
+
+@pytest.mark.parametrize("stray", [1, 3])
+def test_a_rank_that_voted_on_another_attempt_is_noticed_through_the_tree(
+    stray: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = SaveAttempt._write
+
+    def confused(*arguments: Any) -> Any:
+        written = write(*arguments)
+        ranks = list(written.attempts.values())
+        return msgspec.structs.replace(written, attempts={"of yesterday": stray}) if ranks == [stray] else written
+
+    monkeypatch.setattr(SaveAttempt, "_write", confused)
+    errors = save_on(tmp_path, {}, 1, world_size=5)
+    assert [type(error) for error in errors] == [DistributedError] * 5
+    assert all(f"{{{stray}: 'of yesterday'}}" in str(error) for error in errors)
+    assert visible(tmp_path) == []
+
+
+def test_a_byte_without_a_writer_is_noticed_through_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = SaveAttempt._write
+
+    def forgetful(*arguments: Any) -> Any:
+        written = write(*arguments)
+        return msgspec.structs.replace(written, partials=b"") if written.partials else written
+
+    monkeypatch.setattr(SaveAttempt, "_write", forgetful)
+    errors = save_on(tmp_path, {}, 1, world_size=5)
+    assert [type(error) for error in errors] == [DistributedError] * 5
+    assert all("modeling: weight: 0 of 16 bytes" in str(error) for error in errors)
+    assert visible(tmp_path) == []
+
+
+def test_a_structure_that_was_saved_before_is_not_planned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+    for name in ("plan_files", "owned_items"):
+        make = getattr(plans_module, name)
+
+        def count(*arguments: Any, name: str = name, make: Any = make) -> Any:
+            planned.append(name)
+            return make(*arguments)
+
+        monkeypatch.setattr(plans_module, name, count)
+    cache = StructureCache()
+
+    def once(step: int, model: nn.Module) -> SaveResult:
+        def gather() -> Collected:
+            collected = Collected(0)
+            collected.add_model(name_tensors(model), "modeling", "adapter")
+            return collected
+
+        return save(
+            LocalStore(tmp_path), SoloComm(), SaveRequest(f"step-{step}", gather), cache, pool=BufferPool(2**21)
+        )
+
+    once(1, nn.Linear(2, 2))
+    assert sorted(planned) == ["owned_items", "plan_files"]
+    once(2, nn.Linear(2, 2))
+    assert sorted(planned) == ["owned_items", "plan_files"]
+    once(3, nn.Linear(2, 3))
+    assert sorted(planned) == ["owned_items", "owned_items", "plan_files", "plan_files"]

@@ -6,7 +6,7 @@ import pytest
 
 from shardpoint.errors import UsageError
 from shardpoint.layout import Mesh, Placement
-from shardpoint.planning import Table, TensorFact, decode_table, encode_table, merge_tables
+from shardpoint.planning import Table, TensorFact, decode_table, decode_tables, encode_table, merge_tables
 
 W = TensorFact("modeling", "w", None, "w", "F32", (4, 2))
 SHARD, REPLICATE = (Placement("shard", 0),), (Placement("replicate"),)
@@ -20,6 +20,18 @@ def test_a_table_travels() -> None:
     table = Table((Mesh((2,), (0, 1)),), (W, spread("v", SHARD)), (("optimizer", "w"),))
     assert decode_table(encode_table(table)) == table
     assert encode_table(table) == encode_table(decode_table(encode_table(table)))
+
+
+def test_what_tables_have_in_common_is_decoded_once() -> None:
+    whole = Mesh((4,), (0, 1, 2, 3))
+    tables = [Table((whole, Mesh((2,), ranks)), (W, spread("v", SHARD, 1))) for ranks in ((0, 2), (1, 3))]
+    one, other = decode_tables([encode_table(table) for table in tables])
+    assert [one, other] == tables
+    assert one.facts is other.facts
+    assert one.meshes[0] is other.meshes[0]
+    merged = merge_tables([([0, 2], one), ([1, 3], other)], 4)
+    assert merged == merge_tables([([0, 2], tables[0]), ([1, 3], tables[1])], 4)
+    assert [holding.mesh for holding in merged.entries[1].holdings] == [Mesh((2,), (0, 2)), Mesh((2,), (1, 3))]
 
 
 def test_entries_stand_in_the_order_in_which_they_are_first_named() -> None:
