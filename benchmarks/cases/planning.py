@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 - the folders' `__init__.py` come with the runner
 """How long does planning take for 16,384 ranks, on one of them?
 
 Llama-3-405B with AdamW (3,411 tensors) under FSDP over tensor parallelism, 2048 x 8 ranks, 8 kinds of tables.
