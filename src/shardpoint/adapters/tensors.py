@@ -153,7 +153,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _flat_bytes(local: torch.Tensor) -> torch.Tensor:
+def flat_bytes(local: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's memory as uint8 `[num_bytes]`, on its device."""
     if local.is_complex():
         local = torch.view_as_real(local)
@@ -175,13 +175,13 @@ class LocalBytes:
         self.num_bytes = self._local.numel() * self._local.element_size()
         plain = self._local.is_contiguous() and not self._local.is_conj() and not self._local.is_neg()
         self._in_place = plain and self._local.device.type == "cpu"
-        self._bytes: torch.Tensor | None = _flat_bytes(self._local) if self._in_place else None
+        self._bytes: torch.Tensor | None = flat_bytes(self._local) if self._in_place else None
 
     def read_view(self) -> ByteArray:
         """Return the bytes, uint8 `[num_bytes]`, to read from."""
         if self._bytes is None:
             resolved = self._local.resolve_conj().resolve_neg().contiguous()
-            self._bytes = _flat_bytes(resolved.cpu())
+            self._bytes = flat_bytes(resolved.cpu())
         return self._bytes.numpy()
 
     def write_view(self) -> memoryview:
@@ -196,7 +196,7 @@ class LocalBytes:
             return
         if self._bytes is not None:
             staged = torch.empty(self._local.shape, dtype=self._local.dtype)
-            _flat_bytes(staged).copy_(self._bytes)
+            flat_bytes(staged).copy_(self._bytes)
             self._local.copy_(staged)
         self._bytes = None
 
@@ -209,14 +209,14 @@ class LocalBytes:
 def raw_tensor(tensor: torch.Tensor, place: str) -> RawTensor:
     """Return a small tensor as a document's value."""
     local = local_tensor(tensor).resolve_conj().resolve_neg().contiguous().cpu()
-    return RawTensor(dtype_name(tensor.dtype, place), tuple(local.shape), _flat_bytes(local).numpy().tobytes())
+    return RawTensor(dtype_name(tensor.dtype, place), tuple(local.shape), flat_bytes(local).numpy().tobytes())
 
 
 def from_raw(raw: RawTensor) -> torch.Tensor:
     """Return the CPU tensor that `raw_tensor` described."""
     tensor = torch.empty(raw.shape, dtype=torch_dtype(raw.dtype))
     if raw.data:
-        _flat_bytes(tensor).copy_(torch.frombuffer(bytearray(raw.data), dtype=torch.uint8))
+        flat_bytes(tensor).copy_(torch.frombuffer(bytearray(raw.data), dtype=torch.uint8))
     return tensor
 
 

@@ -14,8 +14,10 @@ from shardpoint.planning.facts import (
 from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedFile, index_document, plan_files
 from shardpoint.planning.matching import Match, match_target
 from shardpoint.planning.ownership import WriteItem, held_runs, owned_items
+from shardpoint.planning.reads import PIECE_BYTES, Read, ReadPlan, Wanted, plan_reads, wanted_runs
 
 __all__ = [
+    "PIECE_BYTES",
     "Entry",
     "Holding",
     "Layout",
@@ -24,8 +26,11 @@ __all__ = [
     "PartNaming",
     "PlacedTensor",
     "PlannedFile",
+    "Read",
+    "ReadPlan",
     "Table",
     "TensorFact",
+    "Wanted",
     "WriteItem",
     "decode_table",
     "encode_table",
@@ -36,4 +41,6 @@ __all__ = [
     "merge_tables",
     "owned_items",
     "plan_files",
+    "plan_reads",
+    "wanted_runs",
 ]

@@ -4,6 +4,7 @@ from shardpoint.storage.local import LocalStore
 from shardpoint.storage.mounts import kernel_id
 from shardpoint.storage.protocol import DirectoryEntry, Lock, Reader, SharedFiles, Store, SyncPoint, Writer
 from shardpoint.storage.replace import replace_document
+from shardpoint.storage.syscalls import advise_huge_pages
 
 __all__ = [
     "DirectoryEntry",
@@ -14,6 +15,7 @@ __all__ = [
     "Store",
     "SyncPoint",
     "Writer",
+    "advise_huge_pages",
     "kernel_id",
     "replace_document",
 ]
