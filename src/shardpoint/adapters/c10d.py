@@ -442,6 +442,29 @@ def open_comm(group: dist.ProcessGroup | None = None) -> Comm:
         return opened
 
 
+def own_comm(group: dist.ProcessGroup | None = None) -> Comm:
+    """Return a comm of the caller's own, for rounds in another thread than the one that `open_comm`'s serves.
+
+    Whoever opens it closes it.
+
+    Args:
+        group: a process group that this process belongs to; None is the default group.
+
+    Returns:
+        A `SoloComm` or a `C10dComm`, as `open_comm`.
+
+    Raises:
+        UsageError: this process is not in `group`.
+        DistributedError: the group's store is gone, or does not answer.
+
+    Collective:
+        All ranks of the group, in the same order among the groups' comms, so on one thread; nobody waits for others.
+    """
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return SoloComm()
+    return SoloComm() if dist.get_world_size(_member_group(group)) == 1 else C10dComm(group)
+
+
 def _member_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         text = "torch.distributed is not initialised; call torch.distributed.init_process_group first"

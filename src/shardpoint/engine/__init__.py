@@ -1,6 +1,7 @@
 """The order of work of a save and of a load. Import what it offers from here."""
 
 from shardpoint.engine.foreign import load_foreign, save_foreign
+from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
 from shardpoint.engine.parts import (
     load_lr_scheduler,
@@ -29,6 +30,7 @@ from shardpoint.engine.training import (
 )
 
 __all__ = [
+    "Arrival",
     "LoadResult",
     "SaveRequest",
     "SaveResult",
@@ -42,6 +44,7 @@ __all__ = [
     "load_lr_scheduler",
     "load_model",
     "load_optimizer",
+    "load_weights_first",
     "open_committed",
     "refused_request",
     "run_state",

@@ -76,6 +76,7 @@ class _Filling:
         self._destinations = destinations
         # What is in place is sliced without a call: there may be a segment for each of 100,000 rows.
         self._memory = [item.memory if isinstance(item, InPlace) else None for item in destinations]
+        self._fresh = [item if isinstance(item, InPlace) and item.is_fresh else None for item in destinations]
         self._progress = progress
         self._before_each = before_each
         self._readers = _Readers(source, plan.reads)
@@ -128,6 +129,9 @@ class _Filling:
                 views.append(self._destinations[tensor].open(start, start + length))
             else:
                 views.append(whole[start : start + length])
+                fresh = self._fresh[tensor]
+                if fresh is not None:
+                    fresh.prepare(start, start + length)
         targets = views
         if read.vectors != len(views):
             targets, end = [], read.byte_offset

@@ -41,11 +41,15 @@ class Target:
         collected: this rank's tensors and optimizers, with what does not fit.
         parts: the parts of the checkpoint that are loaded.
         install: puts optimizer states, schedulers, samplers and random state in place, once every tensor is verified.
+        behind: those of the parts that may be filled after `install`, which leaves them out.
+        install_behind: puts those in place.
     """
 
     collected: Collected
     parts: frozenset[str]
     install: Callable[[], None]
+    behind: frozenset[str] = frozenset()
+    install_behind: Callable[[], None] = lambda: None
 
 
 class _Resolved(msgspec.Struct, frozen=True):
