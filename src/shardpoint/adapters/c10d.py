@@ -443,22 +443,12 @@ def open_comm(group: dist.ProcessGroup | None = None) -> Comm:
 
 
 def own_comm(group: dist.ProcessGroup | None = None) -> Comm:
-    """Return a comm of the caller's own, for rounds in another thread than the one that `open_comm`'s serves.
+    """Return a comm of the caller's own, for rounds in another thread; whoever opens it closes it.
 
-    Whoever opens it closes it.
-
-    Args:
-        group: a process group that this process belongs to; None is the default group.
-
-    Returns:
-        A `SoloComm` or a `C10dComm`, as `open_comm`.
-
-    Raises:
-        UsageError: this process is not in `group`.
-        DistributedError: the group's store is gone, or does not answer.
+    Arguments, results and errors as `open_comm`.
 
     Collective:
-        All ranks of the group, in the same order among the groups' comms, so on one thread; nobody waits for others.
+        All ranks of the group, in the same order among the groups' comms, so on one thread; nobody waits for the others.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return SoloComm()

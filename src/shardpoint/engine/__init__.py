@@ -3,6 +3,7 @@
 from shardpoint.engine.foreign import load_foreign, save_foreign
 from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
+from shardpoint.engine.opened import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.parts import (
     load_lr_scheduler,
     load_model,
@@ -31,12 +32,15 @@ from shardpoint.engine.training import (
 
 __all__ = [
     "Arrival",
+    "Checkpoint",
     "LoadResult",
+    "ReadResult",
     "SaveRequest",
     "SaveResult",
     "Source",
     "StructureCache",
     "Target",
+    "TensorInfo",
     "checkpoint_name",
     "is_foreign",
     "load",
@@ -45,6 +49,7 @@ __all__ = [
     "load_model",
     "load_optimizer",
     "load_weights_first",
+    "open_checkpoint",
     "open_committed",
     "refused_request",
     "run_state",

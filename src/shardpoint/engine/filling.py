@@ -30,16 +30,27 @@ def check_size(source: Source, entry: FileEntry, size_bytes: int) -> None:
         raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(size_bytes))
 
 
-class _Readers:
-    """The open files: each is opened at its first read and closed after its last."""
+class Readers:
+    """The open files of a checkpoint: each is opened at its first read.
 
-    def __init__(self, source: Source, reads: Sequence[Read]) -> None:
+    Args:
+        source: the checkpoint.
+        reads: all that there will be, so that each file is closed after its last; None keeps them open until `close`.
+    """
+
+    def __init__(self, source: Source, reads: Sequence[Read] | None = None) -> None:
         self._source = source
-        self._left = Counter(read.file for read in reads)
+        self._left = None if reads is None else Counter(read.file for read in reads)
         self._open: dict[int, Reader] = {}
         self._mutex = threading.Lock()
 
     def take(self, file: int) -> Reader:
+        """Return a file's reader.
+
+        Raises:
+            TruncatedError: the file is missing, or has another size than was committed.
+            NotFoundError: the checkpoint was pruned or replaced meanwhile.
+        """
         with self._mutex:
             if file not in self._open:
                 entry = self._source.manifest.files[file]
@@ -51,14 +62,19 @@ class _Readers:
             return self._open[file]
 
     def give_back(self, file: int) -> None:
+        """Say that a read is done."""
+        if self._left is None:
+            return
         with self._mutex:
             self._left[file] -= 1
             if not self._left[file]:
                 self._open.pop(file).close()
 
     def close(self) -> None:
-        for reader in self._open.values():
-            reader.close()
+        """Close what is open."""
+        with self._mutex:
+            while self._open:
+                self._open.popitem()[1].close()
 
 
 class _Filling:
@@ -66,7 +82,7 @@ class _Filling:
 
     def __init__(
         self,
-        source: Source,
+        readers: Readers,
         plan: ReadPlan,
         destinations: Sequence[Destination],
         progress: Callable[[int], None],
@@ -79,7 +95,7 @@ class _Filling:
         self._fresh = [item if isinstance(item, InPlace) and item.is_fresh else None for item in destinations]
         self._progress = progress
         self._before_each = before_each
-        self._readers = _Readers(source, plan.reads)
+        self._readers = readers
         self._next: Iterator[int] = iter(range(len(plan.reads)))
         self._failed: dict[int, BaseException] = {}
         self.crcs: list[int] = [0] * len(plan.tensors)
@@ -101,7 +117,6 @@ class _Filling:
             for thread in others:
                 if thread.ident is not None:
                     thread.join()
-            self._readers.close()
         if self._failed:
             raise self._failed[min(self._failed)]
 
@@ -152,7 +167,7 @@ class _Filling:
 
 
 def fill(
-    source: Source,
+    readers: Readers,
     plan: ReadPlan,
     destinations: Sequence[Destination],
     totals: Sequence[int],
@@ -162,7 +177,7 @@ def fill(
     """Read what a plan says.
 
     Args:
-        source: the checkpoint.
+        readers: of the checkpoint.
         plan: the reads.
         destinations: where each wanted tensor goes.
         totals: bytes of each whole tensor.
@@ -181,7 +196,7 @@ def fill(
         Nothing beside the destinations, but for tensors that are filled through a copy: that of at most as many such
         tensors at once as there are threads, and those beside them.
     """
-    filling = _Filling(source, plan, destinations, progress, before_each)
+    filling = _Filling(readers, plan, destinations, progress, before_each)
     filling.run(max(1, min(MAX_THREADS, len(plan.reads), len(os.sched_getaffinity(0)))))
     partials = [Partial() for _ in totals]
     rows = zip(plan.tensors, filling.crcs, plan.tensor_offsets, plan.num_bytes, plan.counted, strict=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from shardpoint.adapters.collect import Held
 from shardpoint.adapters.destinations import Destination, Destinations
 from shardpoint.checksum import Partial
-from shardpoint.engine.filling import check_size, fill
+from shardpoint.engine.filling import Readers, check_size, fill
 from shardpoint.engine.source import Source
 from shardpoint.errors import NotFoundError
 from shardpoint.planning import PIECE_BYTES, Match, MergedTable, Wanted, owned_items, plan_reads, wanted_runs
@@ -103,6 +103,10 @@ def read_tensors(
         entries.append(index)
         totals.append(stored.num_bytes)
     plan = plan_reads(wanted, piece_bytes=piece_bytes)
-    partials = fill(source, plan, destinations, totals, progress, before_each)
+    readers = Readers(source, plan.reads)
+    try:
+        partials = fill(readers, plan, destinations, totals, progress, before_each)
+    finally:
+        readers.close()
     counted = [(entry, partial) for entry, partial in zip(entries, partials, strict=True) if entry in shares]
     return Filled(counted, plan.wanted_bytes, plan.read_bytes, len(entries))
