@@ -448,7 +448,7 @@ def own_comm(group: dist.ProcessGroup | None = None) -> Comm:
     Arguments, results and errors as `open_comm`.
 
     Collective:
-        All ranks of the group, in the same order among the groups' comms, so on one thread; nobody waits for the others.
+        All ranks of the group, in the same order among the groups' comms, so on one thread; nobody waits.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return SoloComm()
