@@ -55,10 +55,15 @@ class Readers:
             if file not in self._open:
                 entry = self._source.manifest.files[file]
                 try:
-                    self._open[file] = self._source.store.open_reader(self._source.path(entry.path))
+                    reader = self._source.store.open_reader(self._source.path(entry.path))
                 except NotFoundError as error:
                     raise self._source.gone(entry.path, error) from error
-                check_size(self._source, entry, self._open[file].size_bytes)
+                try:
+                    check_size(self._source, entry, reader.size_bytes)
+                except TruncatedError:
+                    reader.close()
+                    raise
+                self._open[file] = reader
             return self._open[file]
 
     def give_back(self, file: int) -> None:

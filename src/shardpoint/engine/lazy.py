@@ -20,7 +20,7 @@ from shardpoint.engine.load import Fitting, Target, fill_target, fit_target, ins
 from shardpoint.engine.results import LoadResult
 from shardpoint.engine.source import Source
 from shardpoint.engine.structure import StructureCache
-from shardpoint.errors import DistributedError
+from shardpoint.errors import CheckpointError, DistributedError, revive, to_fields
 
 # The trainer has the interpreter's lock most of the time: a thread gets it about every 5 ms, so its calls are large.
 PIECE_BYTES = 16 * 2**20
@@ -71,7 +71,7 @@ class Arrival:
         with self._mutex:
             if self._error is not None:
                 self._told = True
-                raise self._error
+                raise _again(self._error)
             if self._fitting is not None:
                 self._fitting.target.install_behind()
                 self._fitting = None
@@ -91,7 +91,7 @@ class Arrival:
             self.wait()
             self._hook.remove()
             return None
-        return None if self._told else self._error
+        return None if self._told else _again(self._error)
 
     def forget(self) -> None:
         """Take the hook away: another load replaces what this one was to bring."""
@@ -116,21 +116,36 @@ class Arrival:
             )
             self._result = result_of(fitting, filled, time.monotonic() - began)
         except BaseException as error:  # noqa: BLE001 - told to whoever waits
-            text = (
-                f"the weights of {fitting.source.manifest.name} are restored, its optimizer state is not: resume again "
-                "without `lazy_optimizer`, which falls back to an earlier checkpoint"
-            )
-            error.add_note(text)
-            for target in fitting.target.collected.optimizers:
-                mark_incomplete(target.optimizer, coming=False)
-            self._error, self._fitting = error, None
+            self._fail(error, fitting)
+            del fitting
         finally:
             self._finished.set()
             self._comm.close()
 
+    def _fail(self, error: BaseException, fitting: Fitting) -> None:
+        text = (
+            f"the weights of {fitting.source.manifest.name} are restored, its optimizer state is not: resume again "
+            "without `lazy_optimizer`, which falls back to an earlier checkpoint"
+        )
+        error.add_note(text)
+        for target in fitting.target.collected.optimizers:
+            mark_incomplete(target.optimizer, coming=False)
+        # The hook keeps the error: without its frames, which would keep the tensors that were to be filled.
+        self._error, self._fitting = _again(error).with_traceback(None), None
+
     def _go_on(self) -> None:
         if self._given_up.is_set():
             raise DistributedError("the restoring of the optimizer's state was given up")
+
+
+def _again(error: BaseException) -> BaseException:
+    """Return a new error that says the same, so that no frame that one of them came through stays with the other."""
+    if not isinstance(error, CheckpointError):
+        return error
+    again = revive(to_fields(error))
+    for note in error.__notes__:
+        again.add_note(note)
+    return again
 
 
 def load_weights_first(

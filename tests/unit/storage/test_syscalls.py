@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,3 +51,27 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     source.mkdir()
     syscalls.renameat2(str(source), str(tmp_path / "b"), syscalls.RENAME_NOREPLACE)
     assert (tmp_path / "b").is_dir()
+
+
+def test_fresh_memory_is_told_from_touched_and_populated() -> None:
+    size = 16 * syscalls.HUGE_PAGE_BYTES
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert syscalls.is_fresh(address, size)
+        syscalls.advise_huge_pages(address, size)  # whether the kernel takes it depends on the machine
+        assert syscalls.is_fresh(address, size)
+        memory[size // 2] = 1
+        assert not syscalls.is_fresh(address, size)
+        if syscalls.populate(address, size // 4):
+            assert not syscalls.is_fresh(address, size // 4)
+        assert memory[size // 2] == 1
+        assert memory[0] == 0
+
+
+def test_advice_about_too_little_memory_or_without_the_calls_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not syscalls.advise_huge_pages(4096, syscalls.HUGE_PAGE_BYTES)  # no whole page inside
+    assert not syscalls.populate(1, 4096)
+    monkeypatch.setattr(syscalls, "_libc", object())
+    assert not syscalls.advise_huge_pages(0, 1 << 30)
+    assert not syscalls.populate(0, 1 << 30)
+    assert not syscalls.is_fresh(0, 1 << 30)
