@@ -13,9 +13,9 @@ import threading
 import torch
 
 from shardpoint.adapters.tensors import LocalBytes, flat_bytes, local_tensor
-from shardpoint.storage import advise_huge_pages, is_fresh, populate
+from shardpoint.storage import is_fresh, populate
 
-# Of smaller tensors little is a whole huge page, and the allocator mostly hands out memory that was touched before.
+# For smaller tensors the allocator mostly hands out memory that was touched before.
 LARGE_BYTES = 2**20
 
 
@@ -33,7 +33,6 @@ class InPlace:
         self.is_fresh = len(self.memory) >= LARGE_BYTES and is_fresh(flat.data_ptr(), len(self.memory))
         if self.is_fresh:
             self._address = flat.data_ptr()
-            advise_huge_pages(self._address, len(self.memory))
 
     def prepare(self, start: int, stop: int) -> None:
         """Have the pages of fresh memory made, in the thread that is about to fill it."""

@@ -4,7 +4,7 @@ from shardpoint.storage.local import LocalStore
 from shardpoint.storage.mounts import kernel_id
 from shardpoint.storage.protocol import DirectoryEntry, Lock, Reader, SharedFiles, Store, SyncPoint, Writer
 from shardpoint.storage.replace import replace_document
-from shardpoint.storage.syscalls import advise_huge_pages, is_fresh, populate
+from shardpoint.storage.syscalls import is_fresh, populate
 
 __all__ = [
     "DirectoryEntry",
@@ -15,7 +15,6 @@ __all__ = [
     "Store",
     "SyncPoint",
     "Writer",
-    "advise_huge_pages",
     "is_fresh",
     "kernel_id",
     "populate",

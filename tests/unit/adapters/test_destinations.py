@@ -43,16 +43,15 @@ def test_a_lazy_conjugate_gets_its_logical_values() -> None:
 
 
 def test_only_large_fresh_memory_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared: list[tuple[str, int]] = []
-    monkeypatch.setattr(destinations, "advise_huge_pages", lambda _, num_bytes: prepared.append(("huge", num_bytes)))
-    monkeypatch.setattr(destinations, "populate", lambda _, num_bytes: prepared.append(("populate", num_bytes)))
+    prepared: list[int] = []
+    monkeypatch.setattr(destinations, "populate", lambda _, num_bytes: prepared.append(num_bytes))
     monkeypatch.setattr(destinations, "is_fresh", lambda *_: True)
     small, large = torch.empty(2**18 - 1), torch.empty(2**21)
     for tensor in (small, large):
         place = Destinations().of(tensor)
         assert isinstance(place, InPlace)
         place.prepare(0, len(place.memory))
-    assert prepared == [("huge", 2**23), ("populate", 2**23)]
+    assert prepared == [2**23]
     prepared.clear()
     monkeypatch.setattr(destinations, "is_fresh", lambda *_: False)
     touched = Destinations().of(large)
