@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shardpoint.booster import Booster, DistCoordinator
     from shardpoint.checkpointer import Checkpointer
     from shardpoint.ckpt_io import load_checkpoint, load_json, save_checkpoint, save_json
-    from shardpoint.engine import PendingSave, SaveResult
+    from shardpoint.engine import Checkpoint, PendingSave, ReadResult, SaveResult, TensorInfo, open_checkpoint
     from shardpoint.errors import (
         AlreadyExistsError,
         CheckpointError,
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyExistsError",
     "Booster",
+    "Checkpoint",
     "CheckpointError",
     "Checkpointer",
     "ChecksumError",
@@ -57,10 +58,12 @@ __all__ = [
     "NotFoundError",
     "PeerError",
     "PendingSave",
+    "ReadResult",
     "RootBusyError",
     "RunState",
     "SaveResult",
     "StorageError",
+    "TensorInfo",
     "TornCheckpointError",
     "TrainState",
     "TruncatedError",
@@ -69,6 +72,7 @@ __all__ = [
     "__version__",
     "load_checkpoint",
     "load_json",
+    "open_checkpoint",
     "save_checkpoint",
     "save_json",
 ]
@@ -76,16 +80,20 @@ __all__ = [
 # name -> the module that defines it; an error class's is shardpoint.errors
 _HOMES = {
     "Booster": "shardpoint.booster",
+    "Checkpoint": "shardpoint.engine",
     "Checkpointer": "shardpoint.checkpointer",
     "DistCoordinator": "shardpoint.booster",
     "Every": "shardpoint.policies",
     "Latest": "shardpoint.policies",
     "PendingSave": "shardpoint.engine",
+    "ReadResult": "shardpoint.engine",
     "RunState": "shardpoint.adapters.state",
     "SaveResult": "shardpoint.engine",
+    "TensorInfo": "shardpoint.engine",
     "TrainState": "shardpoint.adapters.state",
     "load_checkpoint": "shardpoint.ckpt_io",
     "load_json": "shardpoint.ckpt_io",
+    "open_checkpoint": "shardpoint.engine",
     "save_checkpoint": "shardpoint.ckpt_io",
     "save_json": "shardpoint.ckpt_io",
 }

@@ -18,6 +18,7 @@ from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, prune
 from shardpoint.engine import (
     BUDGET_BYTES,
+    Arrival,
     BackgroundSaver,
     LoadResult,
     PendingSave,
@@ -25,6 +26,7 @@ from shardpoint.engine import (
     StructureCache,
     Target,
     load,
+    load_weights_first,
     open_committed,
     refused_request,
     run_state,
@@ -111,6 +113,7 @@ class Checkpointer:
         self._pending: list[PendingSave] = []
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
+        self._arrival: Arrival | None = None
         self._closed = False
         opened: list[Store] = [] if store is None else [store]
 
@@ -159,12 +162,17 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and self._arrival is not None:
+            # The error on its way out is the one to see; and nobody wants to wait for gigabytes now.
+            self._arrival.give_up()
+            self._arrival.end()
+            self._arrival = None
         try:
             self.close()
         except CheckpointError as failed:
             if error is None:
                 raise
-            error.add_note(f"a save in the background had failed too: {failed}")
+            error.add_note(f"work in the background had failed too: {failed}")
 
     def save(
         self,
@@ -200,6 +208,7 @@ class Checkpointer:
             PeerError: a rank failed; nothing was committed.
             CollectiveTimeout: ranks fell silent; nothing was committed.
             CommitUnknownError: this rank heard no verdict, or the root's fsync failed.
+            CorruptionError: an optimizer state that was to come in behind (`resume(lazy_optimizer=True)`) is damaged.
 
         Collective:
             All ranks, with the same arguments but for `metrics`.
@@ -214,6 +223,7 @@ class Checkpointer:
         """
         began = time.monotonic()
         self._check_open()
+        self.optimizer_ready()
         refusal: UsageError | None = None
         try:
             run = run_state(epoch, step, batch_size)
@@ -266,7 +276,7 @@ class Checkpointer:
             self._tell("save_skipped", f"{name} is not saved: {limit} saves are under way", name)
         return skipped
 
-    def resume(self, state: TrainState | Mapping[str, TrainState]) -> RunState | None:
+    def resume(self, state: TrainState | Mapping[str, TrainState], *, lazy_optimizer: bool = False) -> RunState | None:
         """Restore everything from the newest committed checkpoint.
 
         The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the
@@ -274,6 +284,11 @@ class Checkpointer:
 
         Args:
             state: the live objects to fill, built as they were when saved; any number of ranks and any plugin.
+            lazy_optimizer: return when everything but the optimizers' states is restored and verified (the options of
+                their param groups are), and let those come in behind, on a thread. Until they are whole and verified
+                the optimizers' states are as before; the first step of an optimizer, a save and `optimizer_ready` wait
+                for them. Where they turn out to be damaged, each of these raises that on every rank, and goes on doing
+                so: the weights are restored already, so no earlier checkpoint is taken. Resume again without this.
 
         Returns:
             Where the run was, or None when the root has no checkpoint.
@@ -288,10 +303,19 @@ class Checkpointer:
 
         Collective:
             All ranks.
+
+        Memory:
+            Nothing beside the state; with `lazy_optimizer`, an optimizer that has state already holds it twice until
+            the new one is in place.
         """
         self._check_open()
         if self._background is not None:
             self._background.wait()
+        if self._arrival is not None:
+            # What it brings, or why it failed, does not matter any more: everything is restored again.
+            self._arrival.end()
+            self._arrival.forget()
+            self._arrival = None
         passed_over: list[CorruptionError | NotFoundError] = []
         tried: set[str] = set()
         while True:
@@ -299,9 +323,9 @@ class Checkpointer:
             candidates = agree(
                 self._comm,
                 "resume: list",
-                lambda: bool(as_roles(state)),
+                lambda: bool(as_roles(state)) and lazy_optimizer,
                 bool,
-                lambda _: self._newest_first(),
+                self._candidates,
                 list[str],
             )
             name = next((candidate for candidate in candidates if candidate not in tried), None)
@@ -309,7 +333,7 @@ class Checkpointer:
                 break
             tried.add(name)
             try:
-                run = self._load(name, as_roles(state))
+                run = self._load(name, as_roles(state), lazy_optimizer=lazy_optimizer)
             except CorruptionError as error:
                 passed_over.append(error)
                 self._tell("fell_back", f"{name} is corrupt, trying an earlier one: {error}", name)
@@ -327,6 +351,35 @@ class Checkpointer:
             raise first
         return None
 
+    def optimizer_ready(self, timeout_s: float | None = None) -> bool:
+        """Wait for what `resume(lazy_optimizer=True)` lets come in behind, and put it in place.
+
+        Args:
+            timeout_s: how long to wait, in seconds; None waits as long as it takes, 0 only looks.
+
+        Returns:
+            Whether every optimizer has its state; True where nothing is coming in.
+
+        Raises:
+            CorruptionError: the state's bytes are not those that were committed.
+            PeerError: a rank failed otherwise.
+            CollectiveTimeout: ranks fell silent.
+
+        Collective:
+            None: each rank may wait when it likes. What is raised is the same on all of them.
+        """
+        if self._arrival is None:
+            return True
+        result = self._arrival.wait(timeout_s)
+        if result is None:
+            return False
+        self._arrival.end()
+        self._arrival = None
+        if self._comm.is_coordinator:
+            text = f"restored the optimizer state of {result.name}, {result.num_bytes / 1e6:.1f} MB on this rank"
+            self._listener(Event("loaded", text, result.name))
+        return True
+
     def close(self) -> None:
         """Wait for saves in the background, and give the root up, so that another run may own it.
 
@@ -335,8 +388,12 @@ class Checkpointer:
         Raises:
             CheckpointError: the last save failed in the background, and nobody asked for its result.
 
+        Raises:
+            CorruptionError: an optimizer state that was to come in behind is damaged, and nobody was told yet. The root
+                is given up all the same; so with any other error of that kind.
+
         Collective:
-            All ranks should close; none waits for another, but for saves that are under way.
+            All ranks should close; none waits for another, but for saves that are under way and what comes in behind.
         """
         if self._closed:
             return
@@ -346,11 +403,17 @@ class Checkpointer:
         else:
             self._pool.close()
         owner, self._owner = self._owner, None
-        if owner is not None:
-            owner.release()
+        arrival, self._arrival = self._arrival, None
+        try:
+            untold = arrival.end() if arrival is not None else None
+        finally:
+            if owner is not None:
+                owner.release()
         last = self._pending[-1] if self._pending else None
-        if last is not None and last.failure is not None and not last.was_told:
-            raise last.failure
+        if untold is None and last is not None and not last.was_told:
+            untold = last.failure
+        if untold is not None:
+            raise untold
 
     def _check_open(self) -> None:
         if self._closed:
@@ -359,6 +422,11 @@ class Checkpointer:
     def _tell(self, kind: str, message: str, key: str) -> None:
         if self._comm.is_coordinator:
             self._listener(Event(kind, message, key, logging.WARNING))
+
+    def _candidates(self, lazy: Sequence[bool]) -> list[str]:
+        if len(set(lazy)) > 1:
+            raise UsageError(f"resume: lazy_optimizer differs between the ranks: {list(lazy)}")
+        return self._newest_first()
 
     def _newest_first(self) -> list[str]:
         """Return the training checkpoints: those whose manifest cannot be read, then the others, last committed first.
@@ -371,7 +439,7 @@ class Checkpointer:
         unreadable = [item.name for item in found if item.manifest is None]
         return [*unreadable, *reversed(intact)]
 
-    def _load(self, name: str, roles: Mapping[str, TrainState]) -> RunState:
+    def _load(self, name: str, roles: Mapping[str, TrainState], *, lazy_optimizer: bool) -> RunState:
         run: RunState | None = None
 
         def open_source() -> Source:
@@ -380,9 +448,13 @@ class Checkpointer:
         def prepare(source: Source) -> Target:
             nonlocal run
             run = stored_run(source)
-            return training_target(source, roles, self._comm, self._listener)
+            return training_target(source, roles, self._comm, self._listener, lazy_optimizer=lazy_optimizer)
 
-        result: LoadResult = load(self._comm, open_source, prepare, self._cache)
+        result: LoadResult
+        if lazy_optimizer:
+            result, self._arrival = load_weights_first(self._comm, own_comm, open_source, prepare, self._cache)
+        else:
+            result = load(self._comm, open_source, prepare, self._cache)
         assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
         text = (
             f"resumed {name} of {self._store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"

@@ -568,6 +568,120 @@ def check_a_foreign_booster(out: Path) -> None:
     assert same_bits(weights(two), stored)
 
 
+# ---- what comes in behind, and who reads what
+
+
+def check_an_optimizer_behind_goes_on_bit_identically(out: Path) -> None:
+    for plugin in PLUGINS:
+        root = out / plugin
+        state = made(plugin, 0)
+        step(state, range(3))
+        with Checkpointer(root) as checkpointer:
+            checkpointer.save(state, epoch=1, step=3, batch_size=4)
+        saved = everything(state)
+        eager, lazy = made(plugin, 5), made(plugin, 6)
+        with Checkpointer(root) as checkpointer:
+            assert checkpointer.resume(eager) == RunState(1, 3, 12)
+            assert checkpointer.resume(lazy, lazy_optimizer=True) == RunState(1, 3, 12)
+            expected = step(eager, range(3, 6))
+            assert step(lazy, range(3, 6)) == expected
+            assert same_bits(everything(lazy), everything(eager))
+            assert checkpointer.optimizer_ready()
+            checkpointer.resume(lazy, lazy_optimizer=True)
+            assert checkpointer.optimizer_ready()
+            assert same_bits(everything(lazy), saved)
+
+
+def check_an_optimizer_behind_that_is_damaged(out: Path) -> None:
+    state, other = made("fsdp", 0), made("fsdp", 1)
+    step(state, range(1))
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=4)
+        first = everything(state)
+        step(state, range(1, 2))
+        checkpointer.save(state, epoch=0, step=2, batch_size=4)
+        if RANK == 0:
+            flip(out / "epoch-0_step-2" / "optimizer" / "optimizer-00001-of-00001.safetensors")
+        dist.barrier()
+        assert checkpointer.resume(other, lazy_optimizer=True) == RunState(0, 2, 8)
+        error = raises(ChecksumError, lambda: step(other, range(2, 3)))
+        same_everywhere((error, error.details()))
+        assert error.target_modified
+        error = raises(ChecksumError, lambda: checkpointer.save(other, epoch=0, step=3, batch_size=4))
+        assert names(out) == ["epoch-0_step-1", "epoch-0_step-2"]
+        assert checkpointer.resume(other) == RunState(0, 1, 4)
+        assert same_bits(everything(other), first)
+        step(other, range(1, 2))
+
+
+def check_a_read_that_fails_behind(out: Path) -> None:
+    state, other = made("fsdp", 0), made("fsdp", 1)
+    step(state, range(1))
+    store = FaultyStore(LocalStore(out), [Fault("read", "*/optimizer/*.safetensors")] if RANK else [])
+    with Checkpointer(out, store=store) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=4)
+        checkpointer.resume(other, lazy_optimizer=True)
+        error = raises(PeerError, checkpointer.optimizer_ready)
+        same_everywhere((error, error.details()))
+        assert list(error.failures) == [1]
+        assert error.failures[1].type == "StorageError"
+        raises(PeerError, lambda: step(other, range(1, 2)))
+        checkpointer.resume(other)
+        assert same_bits(everything(other), everything(state))
+
+
+def check_ranks_that_ask_for_different_resumes(out: Path) -> None:
+    state = made("ddp", 0)
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(state, epoch=0, step=0, batch_size=4)
+        error = raises(UsageError, lambda: checkpointer.resume(state, lazy_optimizer=RANK == 1))
+        same_everywhere(error)
+
+
+def check_a_read_that_fails_in_a_thread(out: Path) -> None:
+    model = nn.Linear(2048, 4096, bias=False)  # 32 MiB: several reads, several threads
+    state = TrainState(model=nn.parallel.DistributedDataParallel(model))
+    store = FaultyStore(LocalStore(out), [Fault("read", "*.safetensors", nth=3)] if RANK else [])
+    with Checkpointer(out, store=store) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=4)
+        error = raises(PeerError, lambda: checkpointer.resume(state))
+        same_everywhere((error, error.details()))
+        assert [failure.type for failure in error.failures.values()] == ["StorageError"]
+        assert checkpointer.resume(state) == RunState(0, 1, 4)
+
+
+def check_replicas_ask_the_device_for_each_byte_once(out: Path) -> None:
+    model = nn.Sequential(*[nn.Linear(1024, 2048, bias=False) for _ in range(8)])  # 64 MiB
+    state = TrainState(model=nn.parallel.DistributedDataParallel(model))
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=4)
+        expected = weights(state.model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        files = sorted((out / "epoch-0_step-1" / "modeling").glob("*.safetensors"))
+        num_bytes = sum(path.stat().st_size for path in files)
+        dist.barrier()
+        if RANK == 0:
+            for path in files:
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        dist.barrier()
+        before = device_bytes()
+        checkpointer.resume(state)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, device_bytes() - before)
+    assert same_bits(weights(state.model), expected)
+    if RANK == 0:
+        (out / "device_bytes.json").write_text(json.dumps({"read": sum(found), "stored": num_bytes}))
+
+
+def device_bytes() -> int:
+    """Return the bytes that the kernel fetched from a device for this process."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
+    return int(fields["read_bytes"])
+
+
 # ---- a killed rank
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,14 @@ def test_the_checkpoint_does_not_depend_on_who_wrote_it(launched: tuple[Path, li
     files = [sorted(path.name for path in directory.glob("*.safetensors")) for directory in (first, second)]
     assert files[0] == files[1]
     assert all((first / name).read_bytes()[:4096] == (second / name).read_bytes()[:4096] for name in files[0])
+
+
+def test_replicas_ask_the_device_for_each_byte_once(launched: tuple[Path, list[dict[str, str]]]) -> None:
+    path = launched[0] / "replicas_ask_the_device_for_each_byte_once" / "device_bytes.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    if told["read"] < told["stored"] // 2:
+        pytest.skip(f"the filesystem of {launched[0]} does not drop its cache, or does not count its reads: {told}")
+    assert told["read"] <= 1.1 * told["stored"]
 
 
 @pytest.mark.crash

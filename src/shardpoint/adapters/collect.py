@@ -167,11 +167,18 @@ class Collected:
         self._add_states(part, tensors)
 
     def add_optimizer_target(
-        self, optimizer: Optimizer, named: NamedModule, part: str, document: Mapping[str, Any], manifest: Manifest
+        self,
+        optimizer: Optimizer,
+        named: NamedModule,
+        part: str,
+        document: Mapping[str, Any],
+        manifest: Manifest,
+        *,
+        fresh: bool = False,
     ) -> None:
-        """Add an optimizer that is to be filled with what a checkpoint has."""
+        """Add an optimizer that is to be filled with what a checkpoint has (`fresh` as `target_optimizer` has it)."""
         stored = (entry for entry in manifest.tensors if entry.part == part)
-        target = target_optimizer(optimizer, named, part, document, stored)
+        target = target_optimizer(optimizer, named, part, document, stored, fresh=fresh)
         self._members += [(part, name) for members in target.groups for name, _ in members]
         self.optimizers.append(target)
         self.problems += target.problems

@@ -7,6 +7,7 @@ numbers and 0-dim tensors (`step`) go into `param_groups.json`, exactly.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -32,6 +33,9 @@ from shardpoint.manifest import RawTensor, TensorEntry
 
 _NOT_OPTIONS = frozenset({"params", "param_names"})
 _SCALARS = (bool, int, float, str, type(None))
+
+# Optimizers whose state is not there: True while it is still coming in, False once that has failed.
+_incomplete: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,21 @@ def check_supported(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
         text = f"{type(optimizer).__name__} is not a torch.optim.Optimizer: give the optimizer that it wraps"
         raise UsageError(text)
+
+
+def mark_incomplete(optimizer: Optimizer, *, coming: bool) -> None:
+    """Say that an optimizer's state is not there, so that nobody saves or steps it as it is; `install_states` ends it.
+
+    Args:
+        optimizer: whose.
+        coming: whether it is still coming in: then nobody may load into it either.
+    """
+    _incomplete[optimizer] = coming
+
+
+def is_incomplete(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer's state is still coming in, or failed to."""
+    return optimizer in _incomplete
 
 
 def named_groups(optimizer: Optimizer, named: NamedModule, part: str) -> list[list[tuple[str, torch.Tensor]]]:
@@ -107,6 +126,12 @@ def read_optimizer(optimizer: Optimizer, named: NamedModule, part: str) -> tuple
         UsageError: a parameter is not in the model, or a state cannot be stored.
     """
     groups = named_groups(optimizer, named, part)
+    if is_incomplete(optimizer):
+        text = (
+            f"{part}: the optimizer's state is not restored yet, or its restoring failed: call "
+            "`Checkpointer.optimizer_ready()` first, or resume again"
+        )
+        raise UsageError(text)
     known = {id(parameter) for members in groups for _, parameter in members}
     strangers = [key for key in optimizer.state if id(key) not in known]
     if strangers:
@@ -190,20 +215,33 @@ class OptimizerTarget:
     group_of: list[int] = field(default_factory=list)
 
     def install(self) -> None:
-        """Assign the filled states and the options; states that were not stored are removed."""
+        """Assign the options and the filled states; states that were not stored are removed."""
+        self.install_options()
+        self.install_states()
+
+    def install_options(self) -> None:
+        """Assign the options of the param groups."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            for key, value in self.document["groups"][self.group_of[number]]["options"].items():
+                group[key] = _like(group.get(key), value)
+
+    def install_states(self) -> None:
+        """Assign the filled states, once the options are; states that were not stored are removed."""
         scalars: Mapping[str, Mapping[str, Any]] = self.document["states"]
         filled: dict[str, dict[str, Any]] = {}
         parameters = {name: parameter for members in self.groups for name, parameter in members}
         for tensor in self.tensors:
-            live = self.optimizer.state.get(parameters[tensor.fqn], {}).get(tensor.state)
-            # An optimizer that keeps plain tensors beside sharded parameters goes on with its own, filled in place.
-            own = isinstance(live, torch.Tensor) and _same_memory(live, tensor.tensor)
-            filled.setdefault(tensor.fqn, {})[tensor.state] = live if own else tensor.tensor
+            parameter = parameters[tensor.fqn]
+            live = self.optimizer.state.get(parameter, {}).get(tensor.state)
+            value = tensor.tensor
+            # An optimizer that keeps plain tensors beside sharded parameters goes on with plain ones.
+            if isinstance(live, torch.Tensor) and _same_memory(live, value):
+                value = live
+            elif _is_plain_shard(live, parameter) and live.dtype == value.dtype:
+                value = local_tensor(value)
+            filled.setdefault(tensor.fqn, {})[tensor.state] = value
         for number, members in enumerate(self.groups):
             group = self.optimizer.param_groups[number]
-            stored = self.document["groups"][self.group_of[number]]["options"]
-            for key, value in stored.items():
-                group[key] = _like(group.get(key), value)
             on_device = bool(group.get("capturable") or group.get("fused"))
             for name, parameter in members:
                 state = {
@@ -214,6 +252,7 @@ class OptimizerTarget:
                     self.optimizer.state[parameter] = state
                 else:
                     self.optimizer.state.pop(parameter, None)
+        _incomplete.pop(self.optimizer, None)
 
 
 def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -251,6 +290,8 @@ def target_optimizer(
     part: str,
     document: Mapping[str, Any],
     stored: Iterable[TensorEntry],
+    *,
+    fresh: bool = False,
 ) -> OptimizerTarget:
     """Prepare an optimizer to be filled, without changing it.
 
@@ -260,7 +301,14 @@ def target_optimizer(
         part: the part of the checkpoint.
         document: its `param_groups.json`.
         stored: the part's tensors.
+        fresh: fill new tensors even where the optimizer has fitting ones, so that it stays as it is until `install`.
+
+    Raises:
+        UsageError: a parameter is not in the model, or the state is still coming in from an earlier load.
     """
+    if _incomplete.get(optimizer, False):
+        text = f"{part}: the optimizer's state is still being restored: call `Checkpointer.optimizer_ready()` first"
+        raise UsageError(text)
     target = OptimizerTarget(optimizer, part, document, named_groups(optimizer, named, part))
     stored_class = str(document.get("class", "")).rpartition(".")[2]
     if stored_class != type(optimizer).__name__:
@@ -275,7 +323,7 @@ def target_optimizer(
         parameter = parameters.get(entry.fqn)
         if parameter is None or entry.state is None:
             continue
-        tensor = _destination(optimizer, parameter, entry)
+        tensor = _destination(optimizer, parameter, entry, fresh=fresh)
         if tensor is None:
             target.problems.append(
                 f"{part}: {entry.fqn} [{entry.state}]: stored {list(entry.shape)} beside a parameter of "
@@ -286,7 +334,9 @@ def target_optimizer(
     return target
 
 
-def _destination(optimizer: Optimizer, parameter: torch.Tensor, entry: TensorEntry) -> torch.Tensor | None:
+def _destination(
+    optimizer: Optimizer, parameter: torch.Tensor, entry: TensorEntry, *, fresh: bool
+) -> torch.Tensor | None:
     live = optimizer.state.get(parameter, {}).get(entry.state)
     fits = (
         isinstance(live, torch.Tensor)
@@ -294,11 +344,12 @@ def _destination(optimizer: Optimizer, parameter: torch.Tensor, entry: TensorEnt
         and dtype_name(live.dtype, entry.fqn) == entry.dtype
         and isinstance(live, DTensor) == isinstance(parameter, DTensor)
     )
-    if fits:
+    if fits and not fresh:
         assert isinstance(live, torch.Tensor)  # noqa: S101 - for the type checker
         return live
     if _is_plain_shard(live, parameter) and dtype_name(live.dtype, entry.fqn) == entry.dtype:
-        return _spread_like(live, parameter, entry.fqn) if tuple(parameter.shape) == entry.shape else None
+        own = torch.empty_like(live) if fresh else live
+        return _spread_like(own, parameter, entry.fqn) if tuple(parameter.shape) == entry.shape else None
     if tuple(parameter.shape) == entry.shape:
         return torch.empty_like(parameter, dtype=torch_dtype(entry.dtype), requires_grad=False)
     if isinstance(parameter, DTensor):

@@ -2,7 +2,9 @@
 
 from shardpoint.engine.background import BackgroundSaver
 from shardpoint.engine.foreign import load_foreign, save_foreign
+from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
+from shardpoint.engine.opened import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.parts import (
     load_lr_scheduler,
@@ -34,10 +36,13 @@ from shardpoint.engine.training import (
 
 __all__ = [
     "BUDGET_BYTES",
+    "Arrival",
     "BackgroundSaver",
+    "Checkpoint",
     "LoadResult",
     "PendingSave",
     "PlanCache",
+    "ReadResult",
     "SaveAttempt",
     "SavePlan",
     "SaveRequest",
@@ -45,6 +50,7 @@ __all__ = [
     "Source",
     "StructureCache",
     "Target",
+    "TensorInfo",
     "checkpoint_name",
     "is_foreign",
     "load",
@@ -52,6 +58,8 @@ __all__ = [
     "load_lr_scheduler",
     "load_model",
     "load_optimizer",
+    "load_weights_first",
+    "open_checkpoint",
     "open_committed",
     "refused_request",
     "run_state",

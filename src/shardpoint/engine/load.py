@@ -7,7 +7,7 @@ Until the match is made nothing of the target changes. What is found afterwards 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +17,7 @@ from shardpoint.adapters.optimizer import unplaced_members
 from shardpoint.checksum import merge_packed, pack_partials, to_hex, whole_tensors
 from shardpoint.comm import Comm
 from shardpoint.engine.ballots import agree, with_modified_target
-from shardpoint.engine.reading import check_files, read_tensors
+from shardpoint.engine.reading import Filled, check_files, read_tensors
 from shardpoint.engine.results import LoadResult
 from shardpoint.engine.source import Source
 from shardpoint.engine.structure import (
@@ -30,7 +30,7 @@ from shardpoint.engine.structure import (
     settle,
 )
 from shardpoint.errors import CheckpointError, ChecksumError, DistributedError, NotFoundError
-from shardpoint.planning import Match, MergedTable, encode_table, match_target
+from shardpoint.planning import PIECE_BYTES, Match, MergedTable, encode_table, match_target
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,15 @@ class Target:
         collected: this rank's tensors and optimizers, with what does not fit.
         parts: the parts of the checkpoint that are loaded.
         install: puts optimizer states, schedulers, samplers and random state in place, once every tensor is verified.
+        behind: those of the parts that may be filled after `install`, which leaves them out.
+        install_behind: puts those in place.
     """
 
     collected: Collected
     parts: frozenset[str]
     install: Callable[[], None]
+    behind: frozenset[str] = frozenset()
+    install_behind: Callable[[], None] = lambda: None
 
 
 class _Resolved(msgspec.Struct, frozen=True):
@@ -67,15 +71,43 @@ class _Matched(msgspec.Struct, frozen=True):
 
 class _Read(msgspec.Struct, frozen=True):
     partials: bytes
-    num_bytes: int
 
 
 def _merge_read(ballots: Sequence[_Read]) -> _Read:
-    return _Read(merge_packed([ballot.partials for ballot in ballots]), sum(ballot.num_bytes for ballot in ballots))
+    return _Read(merge_packed([ballot.partials for ballot in ballots]))
 
 
 class _Done(msgspec.Struct, frozen=True):
     ok: bool = True
+
+
+class Fitting:
+    """A checkpoint and a target that fits it, before a byte of the target has changed.
+
+    Attributes:
+        source: the checkpoint.
+        target: what is to be filled.
+    """
+
+    def __init__(
+        self, source: Source, target: Target, settle_table: Callable[[], MergedTable], *, strict: bool
+    ) -> None:
+        self.source = source
+        self.target = target
+        self._settle_table = settle_table
+        self._strict = strict
+        self._plan: tuple[MergedTable, Match] | None = None
+
+    def plan(self) -> tuple[MergedTable, Match]:
+        """Return the target's merged table, and which stored tensor fills which entry.
+
+        Raises:
+            DistributedError: this rank's merged table is not the coordinator's; so the first call is inside a round.
+        """
+        if self._plan is None:
+            merged = self._settle_table()
+            self._plan = merged, match_target(merged, self.source.manifest, self.target.parts, strict=self._strict)
+        return self._plan
 
 
 def load(
@@ -111,6 +143,25 @@ def load(
         All ranks: five rounds.
     """
     began = time.monotonic()
+    fitting = fit_target(comm, open_source, prepare, cache, strict=strict)
+    filled = fill_target(comm, fitting, fitting.target.parts)
+    install(comm, fitting.target.install)
+    return result_of(fitting, filled, time.monotonic() - began)
+
+
+def fit_target(
+    comm: Comm,
+    open_source: Callable[[], Source],
+    prepare: Callable[[Source], Target],
+    cache: StructureCache,
+    *,
+    strict: bool = True,
+) -> Fitting:
+    """Do all of a load that changes nothing: resolve, collect the target, match (arguments and errors as `load`).
+
+    Collective:
+        All ranks: three rounds.
+    """
     source: Source | None = None
     target: Target | None = None
 
@@ -168,41 +219,100 @@ def load(
 
     matched = agree(comm, "load: match", contribute, _Contribution, decide_match, _Matched)
 
-    plan: tuple[MergedTable, Match] | None = None
-    num_bytes = 0
+    def settle_table() -> MergedTable:
+        return settle(cache, structure, own.table, matched.tables, matched.merged, comm.world_size)
+
+    return Fitting(found, ready, settle_table, strict=strict)
+
+
+def fill_target(
+    comm: Comm,
+    fitting: Fitting,
+    parts: Collection[str],
+    *,
+    topic: str = "load: read",
+    piece_bytes: int = PIECE_BYTES,
+    before_each: Callable[[], None] = lambda: None,
+) -> Filled:
+    """Read the tensors of some parts into the target, and verify them.
+
+    Args:
+        comm: the ranks.
+        fitting: the checkpoint and the target.
+        parts: which parts; a part is filled once.
+        topic: of the round.
+        piece_bytes: the largest read.
+        before_each: called before each read, from any thread; what it raises ends the work.
+
+    Raises:
+        CorruptionError: bytes disagree, on every rank; `target_modified` is True.
+        NotFoundError: the checkpoint was pruned or replaced meanwhile.
+        DistributedError: the ranks' reads do not cover every byte once.
+        PeerError: a rank failed otherwise.
+        CollectiveTimeout: ranks fell silent.
+
+    Collective:
+        All ranks: one round.
+    """
+    filled: Filled | None = None
+    held = fitting.target.collected.held
 
     def read() -> _Read:
-        nonlocal plan, num_bytes
-        merged = settle(cache, structure, own.table, matched.tables, matched.merged, comm.world_size)
-        plan = merged, match_target(merged, found.manifest, ready.parts, strict=strict)
+        nonlocal filled
+        plan = fitting.plan()
         try:
-            partials, num_bytes = read_tensors(found, *plan, own.held, comm.rank, comm.progress)
+            filled = read_tensors(
+                fitting.source,
+                *plan,
+                held,
+                comm.rank,
+                comm.progress,
+                parts=parts,
+                piece_bytes=piece_bytes,
+                before_each=before_each,
+            )
         except CheckpointError as error:
             raise with_modified_target(error) from error.__cause__
-        return _Read(pack_partials(partials), num_bytes)
+        return _Read(pack_partials(filled.partials))
 
     def verify(ballots: Sequence[_Read]) -> _Done:
-        assert plan is not None  # noqa: S101 - every rank has voted, so `read` ran here
-        return _verify(found, *plan, ballots)
+        return _verify(fitting.source, *fitting.plan(), parts, ballots)
 
-    agree(comm, "load: read", read, _Read, verify, _Done, _merge_read)
-    assert plan is not None  # noqa: S101 - the round succeeded, so `read` did
-    match = plan[1]
+    agree(comm, topic, read, _Read, verify, _Done, _merge_read)
+    assert filled is not None  # noqa: S101 - the round succeeded, so `read` did
+    return filled
 
-    def install() -> _Done:
-        ready.install()
+
+def install(comm: Comm, put_in_place: Callable[[], None]) -> None:
+    """Put in place what is assigned and not read into: optimizer states, schedulers, samplers, the random state.
+
+    Raises:
+        PeerError: it failed on a rank.
+        CollectiveTimeout: ranks fell silent.
+
+    Collective:
+        All ranks: one round.
+    """
+
+    def work() -> _Done:
+        put_in_place()
         return _Done()
 
-    agree(comm, "load: install", install, _Done, lambda _: _Done(), _Done)
-    missing = {(e.part, e.key) for e, index in zip(plan[0].entries, match.stored, strict=True) if index is None}
+    agree(comm, "load: install", work, _Done, lambda _: _Done(), _Done)
+
+
+def result_of(fitting: Fitting, filled: Filled, seconds: float) -> LoadResult:
+    """Return the evidence of what was filled."""
+    _, match = fitting.plan()
     return LoadResult(
-        found.manifest.name,
-        num_bytes,
-        len(own.held.keys() - missing),
-        time.monotonic() - began,
-        found.sealed,
+        fitting.source.manifest.name,
+        filled.num_bytes,
+        filled.num_tensors,
+        seconds,
+        fitting.source.sealed,
         match.missing,
         match.unexpected,
+        filled.read_bytes,
     )
 
 
@@ -220,12 +330,14 @@ def _check_same(ballots: Sequence[_Resolved]) -> _Resolved:
     return ballots[0]
 
 
-def _verify(source: Source, target: MergedTable, match: Match, ballots: Sequence[_Read]) -> _Done:
+def _verify(
+    source: Source, target: MergedTable, match: Match, parts: Collection[str], ballots: Sequence[_Read]
+) -> _Done:
     if not source.sealed:
         return _Done()
     whole = whole_tensors([ballot.partials for ballot in ballots], [entry.num_bytes for entry in target.entries])
     for index, (entry, stored_index) in enumerate(zip(target.entries, match.stored, strict=True)):
-        if stored_index is None:
+        if stored_index is None or entry.part not in parts:
             continue
         stored = source.manifest.tensors[stored_index]
         path = source.manifest.files[stored.file].path

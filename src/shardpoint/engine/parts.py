@@ -229,7 +229,7 @@ def load_lr_scheduler(lr_scheduler: Any, path: StrPath, *, comm: Comm) -> None:
     agree(comm, "load lr_scheduler", read, bool, lambda _: True, bool)
 
 
-def _locate(path: StrPath, kind: str) -> Callable[[], tuple[Source, str]]:
+def locate(path: StrPath, kind: str) -> Callable[[], tuple[Source, str]]:
     """Return what opens a path: a directory of ours, a part inside one of ours, or plain safetensors files.
 
     Args:
@@ -282,12 +282,12 @@ def load_model(model: nn.Module, path: StrPath, *, comm: Comm, strict: bool = Tr
     Collective:
         All ranks.
     """
-    locate = _locate(path, "modeling")
+    open_it = locate(path, "modeling")
     part = ""
 
     def open_source() -> Source:
         nonlocal part
-        source, part = locate()
+        source, part = open_it()
         return source
 
     def prepare(source: Source) -> Target:
@@ -314,12 +314,12 @@ def load_optimizer(optimizer: Optimizer, model: nn.Module, path: StrPath, *, com
         path: a directory or file that was saved, `optimizer/` of a checkpoint, or a whole checkpoint.
         comm: the ranks.
     """
-    locate = _locate(path, "optimizer")
+    open_it = locate(path, "optimizer")
     part = ""
 
     def open_source() -> Source:
         nonlocal part
-        source, part = locate()
+        source, part = open_it()
         return source
 
     def prepare(source: Source) -> Target:

@@ -1,22 +1,39 @@
 """How a rank fills its tensors: the bytes that it needs, read straight into their memory, checksummed as they are.
 
 A rank reads everything that it holds, but counts towards a tensor's checksum only the bytes that are its share (the
-same share that it would write), so that over all ranks each byte is counted exactly once.
+same share that it would write), so that over all ranks each byte is counted exactly once. It begins with that share:
+what it reads of its replicas' shares, they have read by then, and the page cache has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from shardpoint.adapters.collect import Held
-from shardpoint.checksum import Partial, crc64
+from shardpoint.adapters.destinations import Destination, Destinations
+from shardpoint.checksum import Partial
+from shardpoint.engine.filling import Readers, check_size, fill
 from shardpoint.engine.source import Source
-from shardpoint.errors import NotFoundError, TruncatedError
-from shardpoint.manifest import FileEntry
-from shardpoint.planning import Match, MergedTable, held_runs, owned_items
-from shardpoint.storage import Reader
+from shardpoint.errors import NotFoundError
+from shardpoint.planning import PIECE_BYTES, Match, MergedTable, Wanted, owned_items, plan_reads, wanted_runs
 
-CHUNK_BYTES = 64 * 2**20
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a rank read.
+
+    Attributes:
+        partials: (entry, partial checksum of this rank's share) of each tensor that it has a share of.
+        num_bytes: bytes that went into its tensors.
+        read_bytes: bytes that it asked the store for: those, and the gaps between neighbours.
+        num_tensors: tensors that it filled (a part of).
+    """
+
+    partials: list[tuple[int, Partial]]
+    num_bytes: int
+    read_bytes: int
+    num_tensors: int
 
 
 def check_files(source: Source, parts: Collection[str]) -> None:
@@ -36,13 +53,7 @@ def check_files(source: Source, parts: Collection[str]) -> None:
             size_bytes = source.store.size_bytes(source.path(entry.path))
         except NotFoundError as error:
             raise source.gone(entry.path, error) from error
-        _check_size(source, entry, size_bytes)
-
-
-def _check_size(source: Source, entry: FileEntry, size_bytes: int) -> None:
-    if size_bytes != entry.size_bytes:
-        text = f"{entry.path} of {source.manifest.name} has {size_bytes} bytes, {entry.size_bytes} were committed"
-        raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(size_bytes))
+        check_size(source, entry, size_bytes)
 
 
 def read_tensors(
@@ -52,7 +63,11 @@ def read_tensors(
     held: Mapping[tuple[str, str], Held],
     rank: int,
     progress: Callable[[int], None],
-) -> tuple[list[tuple[int, Partial]], int]:
+    *,
+    parts: Collection[str] | None = None,
+    piece_bytes: int = PIECE_BYTES,
+    before_each: Callable[[], None] = lambda: None,
+) -> Filled:
     """Fill this rank's tensors.
 
     Args:
@@ -61,71 +76,37 @@ def read_tensors(
         match: which stored tensor fills which entry.
         held: the live tensors, by (part, key).
         rank: this rank.
-        progress: told of each chunk's bytes.
-
-    Returns:
-        (entry, partial checksum of this rank's share) for each tensor, and the bytes read.
+        progress: told of each read's bytes, from any thread.
+        parts: fill the tensors of these only; None fills all.
+        piece_bytes: the largest read.
+        before_each: called before each read, from any thread; what it raises ends the work.
 
     Raises:
         TruncatedError: a file is missing or short.
         NotFoundError: the checkpoint was pruned or replaced meanwhile.
         StorageError: a read failed.
     """
-    items = {item.entry: item for item in owned_items(target, rank)}
-    order = sorted(
-        (index for index, entry in enumerate(target.entries) if (entry.part, entry.key) in held),
-        key=lambda index: _place(source, match, index),
-    )
-    readers: dict[int, Reader] = {}
-    partials: list[tuple[int, Partial]] = []
-    total_bytes = 0
+    shares = {item.entry: (item.local_start, item.local_stop) for item in owned_items(target, rank)}
+    make = Destinations()
+    entries: list[int] = []
+    wanted: list[Wanted] = []
+    destinations: list[Destination] = []
+    totals: list[int] = []
+    for index, entry in enumerate(target.entries):
+        stored_index, item = match.stored[index], held.get((entry.part, entry.key))
+        if stored_index is None or item is None or (parts is not None and entry.part not in parts):
+            continue
+        stored = source.manifest.tensors[stored_index]
+        runs = wanted_runs(entry, item.region)
+        wanted.append(Wanted(stored.file, stored.byte_offset, runs, shares.get(index, (0, 0))))
+        destinations.append(make.of(item.tensor))
+        entries.append(index)
+        totals.append(stored.num_bytes)
+    plan = plan_reads(wanted, piece_bytes=piece_bytes)
+    readers = Readers(source, plan.reads)
     try:
-        for index in order:
-            stored_index = match.stored[index]
-            if stored_index is None:
-                continue
-            stored = source.manifest.tensors[stored_index]
-            reader = _reader(source, readers, stored.file)
-            entry = target.entries[index]
-            item = held[entry.part, entry.key]
-            destination = item.open()
-            view = destination.write_view()
-            for byte_offset, local_offset, num_bytes in held_runs(entry, item.region):
-                for done in range(0, num_bytes, CHUNK_BYTES):
-                    chunk = min(CHUNK_BYTES, num_bytes - done)
-                    start = local_offset + done
-                    reader.read_into(view[start : start + chunk], stored.byte_offset + byte_offset + done)
-                    progress(chunk)
-                total_bytes += num_bytes
-            if index in items:
-                partial = Partial()
-                for byte_offset, local_offset, num_bytes in items[index].runs(target):
-                    crc = crc64(view[local_offset : local_offset + num_bytes])
-                    partial.add(crc, byte_offset, num_bytes, entry.num_bytes)
-                partials.append((index, partial))
-            destination.finish()
+        partials = fill(readers, plan, destinations, totals, progress, before_each)
     finally:
-        for reader in readers.values():
-            reader.close()
-    return partials, total_bytes
-
-
-def _place(source: Source, match: Match, index: int) -> tuple[int, int]:
-    stored_index = match.stored[index]
-    if stored_index is None:
-        return (-1, 0)
-    stored = source.manifest.tensors[stored_index]
-    return (stored.file, stored.byte_offset)
-
-
-def _reader(source: Source, readers: dict[int, Reader], file: int) -> Reader:
-    if file in readers:
-        return readers[file]
-    entry = source.manifest.files[file]
-    try:
-        reader = source.store.open_reader(source.path(entry.path))
-    except NotFoundError as error:
-        raise source.gone(entry.path, error) from error
-    readers[file] = reader
-    _check_size(source, entry, reader.size_bytes)
-    return reader
+        readers.close()
+    counted = [(entry, partial) for entry, partial in zip(entries, partials, strict=True) if entry in shares]
+    return Filled(counted, plan.wanted_bytes, plan.read_bytes, len(entries))

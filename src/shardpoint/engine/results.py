@@ -42,6 +42,7 @@ class LoadResult:
         verified: True when every tensor's checksum was compared; False for files without a manifest.
         missing: names of the target that the checkpoint lacks, left as they were (`strict=False`).
         unexpected: names of the checkpoint that the target lacks (`strict=False`).
+        read_bytes: bytes that this rank asked the store for: `num_bytes`, and what lies between neighbours.
     """
 
     name: str
@@ -51,3 +52,4 @@ class LoadResult:
     verified: bool
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    read_bytes: int = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from shardpoint.adapters import lora
@@ -134,6 +135,7 @@ def training_target(
     weights: bool = True,
     partial: bool = False,
     random_state: bool = True,
+    lazy_optimizer: bool = False,
 ) -> Target:
     """Prepare live objects to be filled from a checkpoint; nothing is changed before `install`.
 
@@ -145,6 +147,8 @@ def training_target(
         weights: whether the models themselves are filled (False: they only give the optimizers' names).
         partial: allow what the checkpoint has and the state leaves out (no optimizer, no scheduler).
         random_state: whether the random state is restored.
+        lazy_optimizer: whether the optimizers' states may come in behind: then they are read into new tensors, and
+            `install` puts everything else in place, the options of the param groups too.
 
     Raises:
         UnsupportedFormatError: another library wrote the files.
@@ -161,6 +165,7 @@ def training_target(
     optional: list[str] = [f"role {name!r}" for name in source.manifest.roles if name not in roles]
     installs: list[Callable[[], None]] = []
     parts: set[str] = set()
+    behind: set[str] = set()
     for role, state in roles.items():
         if role not in source.manifest.roles:
             collected.missing.append(f"role {role!r}")
@@ -168,7 +173,7 @@ def training_target(
         named = name_tensors(state.model)
         if weights:
             parts |= _add_weights(source, role, named, collected, installs)
-        _add_optimizer(source, role, state, named, collected, parts, optional)
+        behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
         _add_scheduler(source, role, state, collected, installs, optional)
         _add_sampler(source, role, state, collected, comm, installs, optional)
     if not partial:
@@ -176,13 +181,18 @@ def training_target(
     if random_state:
         installs += _random_state(source, comm, listener)
 
-    def install() -> None:
-        for optimizer in collected.optimizers:
-            optimizer.install()
-        for put_back in installs:
-            put_back()
+    options = [optimizer.install_options for optimizer in collected.optimizers]
+    states = [optimizer.install_states for optimizer in collected.optimizers]
+    everything = frozenset(parts | behind)
+    if lazy_optimizer:
+        first, second = functools.partial(_call_all, [*options, *installs]), functools.partial(_call_all, states)
+        return Target(collected, everything, first, frozenset(behind), second)
+    return Target(collected, everything, functools.partial(_call_all, [*options, *states, *installs]))
 
-    return Target(collected, frozenset(parts), install)
+
+def _call_all(calls: Iterable[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def is_foreign(source: Source) -> bool:
@@ -209,21 +219,23 @@ def _add_optimizer(
     state: TrainState,
     named: NamedModule,
     collected: Collected,
-    parts: set[str],
     optional: list[str],
-) -> None:
+    *,
+    fresh: bool,
+) -> set[str]:
     part = join(role, "optimizer")
     path = join(part, GROUPS_NAME)
     if state.optimizer is None:
         if source.manifest.file(path) is not None:
             optional.append(part)
-        return
+        return set()
     data = source.document(path)
     if data is None:
         collected.missing.append(f"{part} (a resume without it would start the optimizer afresh)")
-        return
-    collected.add_optimizer_target(state.optimizer, named, part, optimizer_document(data, path), source.manifest)
-    parts.add(part)
+        return set()
+    document = optimizer_document(data, path)
+    collected.add_optimizer_target(state.optimizer, named, part, document, source.manifest, fresh=fresh)
+    return {part}
 
 
 def optimizer_document(data: bytes, path: str) -> dict[str, object]:

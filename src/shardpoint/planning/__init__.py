@@ -16,6 +16,7 @@ from shardpoint.planning.facts import (
 from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedFile, index_document, plan_files
 from shardpoint.planning.matching import Match, match_target
 from shardpoint.planning.ownership import WriteItem, held_runs, owned_items
+from shardpoint.planning.reads import PIECE_BYTES, Read, ReadPlan, Wanted, plan_reads, wanted_runs
 from shardpoint.planning.small import (
     RUN_FIELDS,
     RunTable,
@@ -26,6 +27,7 @@ from shardpoint.planning.small import (
 )
 
 __all__ = [
+    "PIECE_BYTES",
     "RUN_FIELDS",
     "Chunk",
     "Entry",
@@ -38,9 +40,12 @@ __all__ = [
     "Piece",
     "PlacedTensor",
     "PlannedFile",
+    "Read",
+    "ReadPlan",
     "RunTable",
     "Table",
     "TensorFact",
+    "Wanted",
     "WriteItem",
     "decode_table",
     "decode_tables",
@@ -54,7 +59,9 @@ __all__ = [
     "owned_items",
     "plan_chunks",
     "plan_files",
+    "plan_reads",
     "split_items",
     "tabulate_runs",
+    "wanted_runs",
     "whole_items",
 ]

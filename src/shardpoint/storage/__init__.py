@@ -5,6 +5,7 @@ from shardpoint.storage.memory import Buffer, BufferPool, OnAllocate
 from shardpoint.storage.mounts import kernel_id
 from shardpoint.storage.protocol import DirectoryEntry, Lock, Reader, SharedFiles, Store, SyncPoint, Writer
 from shardpoint.storage.replace import replace_document
+from shardpoint.storage.syscalls import is_fresh, populate
 
 __all__ = [
     "Buffer",
@@ -18,6 +19,8 @@ __all__ = [
     "Store",
     "SyncPoint",
     "Writer",
+    "is_fresh",
     "kernel_id",
+    "populate",
     "replace_document",
 ]

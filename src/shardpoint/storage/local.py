@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from shardpoint.storage import syscalls
 from shardpoint.storage.mounts import hosts_share_files
 from shardpoint.storage.protocol import DirectoryEntry, SharedFiles, SyncPoint
 from shardpoint.storage.writer import LocalWriter, sync_descriptor, translated
+
+_MAX_VECTORS = 1024  # IOV_MAX on Linux
 
 
 class LocalReader:
@@ -38,17 +41,31 @@ class LocalReader:
 
     def read_into(self, target: memoryview, byte_offset: int) -> None:
         """Fill all of `target`, going on after a short read."""
-        view = target.cast("B")
+        self.read_vectors([target], byte_offset)
+
+    def read_vectors(self, targets: Sequence[memoryview], byte_offset: int) -> None:
+        """Fill all targets in turn, by as few preadv calls as there can be, going on after a short read."""
+        views = [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in targets]
+        first = 0
         with translated("preadv", self._key, self._location):
-            while view:
-                got = os.preadv(self._descriptor, [view], byte_offset)
-                if got == 0:
-                    text = f"{self._key} in {self._location} ends at byte {byte_offset}, {len(view)} bytes early"
-                    raise TruncatedError(
-                        text, key=self._key, expected=str(byte_offset + len(view)), actual=str(byte_offset)
-                    )
-                view = view[got:]
+            while first < len(views):
+                batch = views[first : first + _MAX_VECTORS]
+                missing = sum(map(len, batch))
+                got = os.preadv(self._descriptor, batch, byte_offset) if missing else 0
                 byte_offset += got
+                if got == missing:
+                    first += len(batch)
+                    continue
+                if got == 0:
+                    missing += sum(map(len, views[first + len(batch) :]))
+                    text = f"{self._key} in {self._location} ends at byte {byte_offset}, {missing} bytes early"
+                    raise TruncatedError(
+                        text, key=self._key, expected=str(byte_offset + missing), actual=str(byte_offset)
+                    )
+                while got >= len(views[first]):
+                    got -= len(views[first])
+                    first += 1
+                views[first] = views[first][got:]
 
     def close(self) -> None:
         """Close."""

@@ -7,6 +7,7 @@ Every method raises `NotFoundError` where the key is not there, `AlreadyExistsEr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -78,6 +79,18 @@ class Reader(Protocol):
 
     def read_into(self, target: memoryview, byte_offset: int) -> None:
         """Fill all of `target`; safe to call from several threads.
+
+        Raises:
+            TruncatedError: the file ends before.
+        """
+        ...
+
+    def read_vectors(self, targets: Sequence[memoryview], byte_offset: int) -> None:
+        """Fill all of each target in turn with consecutive bytes, in as few calls as there can be.
+
+        Args:
+            targets: writable, C-contiguous; any number of them, of any length; two may share memory.
+            byte_offset: where the first target's bytes begin; each next one's follow those of the one before.
 
         Raises:
             TruncatedError: the file ends before.

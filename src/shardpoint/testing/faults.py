@@ -214,5 +214,9 @@ class _FaultyReader:
         self._before("read", self._key)
         self._inner.read_into(target, byte_offset)
 
+    def read_vectors(self, targets: Sequence[memoryview], byte_offset: int) -> None:
+        self._before("read", self._key)
+        self._inner.read_vectors(targets, byte_offset)
+
     def close(self) -> None:
         self._inner.close()

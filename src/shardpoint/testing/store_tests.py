@@ -151,6 +151,31 @@ class StoreTests:
         finally:
             reader.close()
 
+    def test_reads_into_several_targets(self, store: Store) -> None:
+        """Consecutive bytes go to one target after another, however many there are and whatever their lengths."""
+        store.make_root()
+        data = bytes(range(256)) * 16
+        store.write_document("f", data, SyncPoint.DOCUMENT)
+        reader = store.open_reader("f")
+        lengths = [5, 0, 1, 1000, *([1] * 2500), 7]
+        targets = [memoryview(bytearray(length)) for length in lengths]
+        reader.read_vectors(targets, 3)
+        _expect(b"".join(targets) == data[3 : 3 + sum(lengths)], "each target has its bytes")
+        reader.read_vectors([], 0)
+        reader.read_vectors([memoryview(bytearray(0))], len(data))
+        scrap = memoryview(bytearray(4))
+        first, second = memoryview(bytearray(2)), memoryview(bytearray(2))
+        reader.read_vectors([first, scrap, scrap[:2], second], 0)
+        _expect(bytes(first) + bytes(second) == data[:2] + data[8:10], "two targets may share memory")
+        try:
+            reader.read_vectors([first, second], len(data) - 3)
+        except TruncatedError:
+            pass
+        else:
+            raise AssertionError("a read behind the end did not raise TruncatedError")
+        finally:
+            reader.close()
+
     def test_rename_never_replaces(self, store: Store) -> None:
         """Not even an empty directory."""
         store.make_root()

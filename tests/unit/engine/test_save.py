@@ -28,7 +28,6 @@ from shardpoint.testing import Fault, FaultyStore
 from tests.training import on_disk
 from tests.unit.comm.threads import run_threads
 
-
 plans_module: Any = importlib.import_module("shardpoint.engine.plans")
 
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from shardpoint.errors import AlreadyExistsError, CheckpointError, NotFoundError, StorageError, UsageError
+from shardpoint.errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    NotFoundError,
+    StorageError,
+    TruncatedError,
+    UsageError,
+)
 from shardpoint.storage import LocalStore, SyncPoint, local, syscalls, writer
 
 
@@ -150,6 +157,51 @@ def test_short_writes_and_reads_go_on(store: LocalStore, monkeypatch: pytest.Mon
     reader.read_into(target, 0)
     reader.close()
     assert bytes(target) == b"\0\0abcdefgh\0\0"
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 100])
+def test_a_short_read_of_several_targets_goes_on_where_it_stopped(
+    step: int, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+
+    def short(descriptor: int, views: list[memoryview], offset: int) -> int:
+        """Read at most `step` bytes."""
+        room, given = step, []
+        for view in views:
+            given.append(view[:room])
+            room -= len(given[-1])
+        return preadv(descriptor, given, offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    store.write_document("f", b"0123456789", SyncPoint.DOCUMENT)
+    reader = store.open_reader("f")
+    targets = [memoryview(bytearray(length)) for length in (2, 0, 1, 4, 0)]
+    reader.read_vectors(targets, 2)
+    assert [bytes(target) for target in targets] == [b"23", b"", b"4", b"5678", b""]
+    with pytest.raises(TruncatedError, match="ends at byte 10, 4 bytes early") as caught:
+        reader.read_vectors([memoryview(bytearray(length)) for length in (3, 3)], 8)
+    assert (caught.value.expected, caught.value.actual) == ("14", "10")
+    reader.close()
+
+
+def test_more_targets_than_one_call_takes(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 20
+    store.write_document("f", data, SyncPoint.DOCUMENT)
+    calls: list[int] = []
+    preadv = os.preadv
+
+    def counted(descriptor: int, views: list[memoryview], offset: int) -> int:
+        calls.append(len(views))
+        return preadv(descriptor, views, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    targets = [memoryview(bytearray(2)) for _ in range(2500)]
+    reader = store.open_reader("f")
+    reader.read_vectors(targets, 3)
+    reader.close()
+    assert b"".join(targets) == data[3:5003]
+    assert calls == [1024, 1024, 452]
 
 
 def test_a_write_without_progress_is_an_error_not_a_loop(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,3 +51,23 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     source.mkdir()
     syscalls.renameat2(str(source), str(tmp_path / "b"), syscalls.RENAME_NOREPLACE)
     assert (tmp_path / "b").is_dir()
+
+
+def test_fresh_memory_is_told_from_touched_and_populated() -> None:
+    size = 2**25
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert syscalls.is_fresh(address, size)
+        memory[size // 2] = 1
+        assert not syscalls.is_fresh(address, size)
+        if syscalls.populate(address, size // 4):
+            assert not syscalls.is_fresh(address, size // 4)
+        assert memory[size // 2] == 1
+        assert memory[0] == 0
+
+
+def test_too_little_memory_or_a_system_without_the_calls_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not syscalls.populate(1, 4096)  # no whole page inside
+    monkeypatch.setattr(syscalls, "_libc", object())
+    assert not syscalls.populate(0, 1 << 30)
+    assert not syscalls.is_fresh(0, 1 << 30)

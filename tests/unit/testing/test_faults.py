@@ -37,6 +37,7 @@ def test_every_operation_can_be_counted(inner: LocalStore) -> None:
     writer.close()
     reader = store.open_reader("d/f")
     reader.read_into(memoryview(bytearray(2)), 0)
+    reader.read_vectors([memoryview(bytearray(1)), memoryview(bytearray(1))], 0)
     reader.close()
     store.write_document("d/g", b"", SyncPoint.DOCUMENT)
     store.read_bytes("d/g")
@@ -55,7 +56,7 @@ def test_every_operation_can_be_counted(inner: LocalStore) -> None:
     for nth in range(1, len(told) + 1):
         assert Fault("*", nth=nth).op == "*"
     assert told == [
-        "make_directory", "create_file", "open_writer", "write", "sync", "close", "open_reader", "read",
+        "make_directory", "create_file", "open_writer", "write", "sync", "close", "open_reader", "read", "read",
         "write_document", "read", "sync_file", "sync_directory", "replace_file", "make_directory", "exchange",
         "rename", "lock", "remove_directory", "remove_tree",
     ]  # fmt: skip
