@@ -115,6 +115,7 @@ class Checkpoint:
         stored = self._find(name, part)
         region = _region(stored, rows)
         entry = Entry(stored.part, stored.fqn, stored.state, stored.key, stored.dtype, tuple(stored.shape), ())
+        self._readers.take(stored.file)  # before the memory: a tensor is no larger than a file that is there
         tensor = torch.empty(region.lengths, dtype=torch_dtype(stored.dtype))
         is_whole = region == Region.whole(entry.shape)
         counted = (0, stored.num_bytes if is_whole else 0)

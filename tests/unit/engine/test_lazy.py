@@ -95,6 +95,8 @@ def test_the_next_steps_are_the_same_to_the_last_bit(optimizer: str, used: bool,
             assert checkpointer.optimizer_ready(0) is False
         assert same_bits(states(other), before), "before it is whole, an optimizer's state is as it was"
         gate.opened.set()
+        assert checkpointer._arrival is None or checkpointer._arrival._finished.wait(60)
+        assert same_bits(states(other), before), "nor when it is whole, until somebody waits for it"
         losses = stepped(other, range(3, 6))  # the first step waits
         assert losses == expected
         assert checkpointer.optimizer_ready()
@@ -186,6 +188,7 @@ def test_a_damaged_state_is_an_error_at_every_step_and_save(tmp_path: Path) -> N
         assert not states(other), "nothing of it was put in place"
         assert checkpointer.resume(other) == RunState(0, 1, 4), "an eager resume falls back"
         assert same_bits(states(other), states(first))
+        assert len(_global_optimizer_pre_hooks) == 0
         stepped(other, range(1, 2))
 
 

@@ -243,6 +243,21 @@ def test_files_are_closed_whatever_happens(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def test_a_file_is_closed_after_its_last_read(tmp_path: Path) -> None:
+    saved(tmp_path, Many(1, 64, 0))
+    source = open_committed(LocalStore(tmp_path), NAME)
+    reads = plan_reads([Wanted(0, 0, (0, 0, 64), (0, 0)), Wanted(0, 6000, (0, 0, 64), (0, 0))]).reads
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    readers = Readers(source, reads)
+    for _ in reads:
+        readers.take(0)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+        readers.give_back(0)
+    assert len(reads) == 2
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    readers.close()
+
+
 def test_what_is_asked_before_each_read_can_end_it(tmp_path: Path) -> None:
     model = saved(tmp_path, Many(1, 8 * MIB, 0))
     source = open_committed(LocalStore(tmp_path), NAME)
