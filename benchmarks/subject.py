@@ -76,7 +76,7 @@ class Subject:
 
     def local_tensors(self) -> dict[str, torch.Tensor]:
         """Return what this rank holds, by a name of our own: views of the live weights and moments."""
-        return {name: _local(tensor) for name, tensor in self._tensors()}
+        return {name: local_of(tensor) for name, tensor in self._tensors()}
 
     def num_bytes(self) -> int:
         """Return the bytes of the weights and moments, over all ranks, each byte counted once."""
@@ -143,6 +143,7 @@ def build_llama(rank: Rank, *, size_gb: float) -> dict[str, Any]:
     assert optimizer is not None  # asked for
     fill_moments(optimizer)
     rank.subject = Subject(model, optimizer, shape.vocabulary)
+    rank.kept["shape"] = shape
     return _facts(rank.subject) | {"shape": vars(shape)}
 
 
@@ -169,7 +170,7 @@ def fill_moments(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             moments = {"exp_avg": torch.empty_like(parameter), "exp_avg_sq": torch.empty_like(parameter)}
             for moment in moments.values():
-                _local(moment).uniform_(1e-6, 1e-3)
+                local_of(moment).uniform_(1e-6, 1e-3)
             optimizer.state[parameter] = {"step": torch.tensor(1.0), **{k: m.detach() for k, m in moments.items()}}
 
 
@@ -182,7 +183,7 @@ def _start(rank: Rank) -> None:
 def _boosted(
     plugin: str, model: nn.Module, *, with_optimizer: bool
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    from shardpoint import Booster, TorchDDPPlugin, TorchFSDPPlugin
+    from shardpoint.booster import Booster, TorchDDPPlugin, TorchFSDPPlugin
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if with_optimizer else None
     booster = Booster(plugin=TorchFSDPPlugin() if plugin == "fsdp" else TorchDDPPlugin())
@@ -198,6 +199,6 @@ def _facts(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
     local = tensor.detach()
     return local.to_local() if isinstance(local, DTensor) else local

@@ -178,7 +178,8 @@ ENTRIES: dict[str, Entry] = {
     "torch_checkpointing": Entry(
         "torch-checkpointing",
         "torch_ckpt:Sync",
-        "CheckpointManager, sync saver, use_direct_io=False (its default fails here), 2 file threads",
+        "CheckpointManager, sync saver, use_direct_io=False (its default fails here), 2 file threads, no resharder (which "
+        "wants CUDA): it can be loaded by the same ranks only",
         AFTERWARDS,
     ),
     "torch_checkpointing_async": Entry(
@@ -189,9 +190,9 @@ ENTRIES: dict[str, Entry] = {
         AFTERWARDS,
     ),
     "accelerate": Entry(
-        "Accelerate save_state",
+        "Accelerate save_state, DDP",
         "accelerate_state:SaveState",
-        "",
+        "Accelerator(cpu=True), which is DDP: its FSDP is for accelerators only; rank 0 writes everything",
         AFTERWARDS,
     ),
     "colossalai_zero": Entry(

@@ -6,10 +6,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from torch_checkpointing import CheckpointManager, ItemSpec
+from torch_checkpointing import CheckpointManager
 from torch_checkpointing.checkpoint_writer import CheckpointWriterConfig
 from torch_checkpointing.config import AsyncCheckpointSaverConfig, CheckpointSaverConfig, SyncCheckpointSaverConfig
-from torch_checkpointing.default_resharder import DefaultResharder
 from torch_checkpointing.staging import CheckpointStagerConfig
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
@@ -19,9 +18,9 @@ from benchmarks.rank import Rank
 
 
 def _manager(save: CheckpointSaverConfig) -> Any:
+    # Without a resharder: with one, 0.1.1 gathers metadata through a tensor on "cuda", whatever the process group is.
     return CheckpointManager(
         CheckpointManager.Config(
-            items={"model": ItemSpec(resharder=DefaultResharder()), "optimizer": ItemSpec(resharder=DefaultResharder())},
             save=save,
             storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
         )
@@ -33,7 +32,7 @@ class Sync(Contender):
 
     def __init__(self, rank: Rank, home: Path) -> None:
         super().__init__(rank, home)
-        self._manager = _manager(SyncCheckpointSaverConfig(CheckpointWriterConfig(file_write_max_threads=2)))
+        self._manager = _manager(SyncCheckpointSaverConfig(writer_config=CheckpointWriterConfig(file_write_max_threads=2)))
 
     def save(self, index: int) -> Path:
         """Collect the state dict and save it."""
@@ -53,7 +52,7 @@ class Async(AsyncContender):
         super().__init__(rank, home)
         staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
         writer = CheckpointWriterConfig(file_write_max_threads=2)
-        self._manager = _manager(AsyncCheckpointSaverConfig(writer, staging_config=staging))
+        self._manager = _manager(AsyncCheckpointSaverConfig(writer_config=writer, staging_config=staging))
         self._written: Future[Any] | None = None
 
     def start(self, index: int) -> Path:
