@@ -1,4 +1,4 @@
-"""What happens to the files of a checkpoint around a measurement: synced, dropped from the page cache, warmed, deleted."""
+"""What happens to a checkpoint's files around a measurement: synced, dropped from the page cache, warmed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def resident_part(path: Path) -> float:
 
 
 def io_counters() -> dict[str, int]:
-    """Return this process's own counters: `rchar` (bytes asked of read calls), `read_bytes` (from devices), and others."""
+    """Return this process's counters: `rchar` (bytes of read calls), `read_bytes` (from devices), and others."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return {name: int(value) for name, value in (line.split(": ") for line in lines)}
 

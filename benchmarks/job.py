@@ -6,6 +6,7 @@ the ranks sleep in a read, so several jobs can stand by while one of them is mea
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -145,17 +146,13 @@ class _Rank:
         self.replies: IO[str] = os.fdopen(from_rank, encoding="utf-8")
 
     def send(self, line: str) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # its death is seen where its reply is awaited
             self._requests.write(line)
             self._requests.flush()
-        except BrokenPipeError:
-            pass  # its death is seen where its reply is awaited
 
     def hang_up(self) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._requests.close()
-        except BrokenPipeError:
-            pass
 
     def end(self, give_up_at: float) -> None:
         try:

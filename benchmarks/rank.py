@@ -65,8 +65,8 @@ def timed(action: Callable[[], object]) -> tuple[float, float]:
 def main() -> None:
     """Answer requests until there are no more."""
     request_fd, reply_fd = map(int, os.environ["BENCHMARK_PIPES"].split(","))
-    os.set_inheritable(request_fd, False)  # what a contender starts must not hold the pipes open
-    os.set_inheritable(reply_fd, False)
+    for descriptor in (request_fd, reply_fd):  # what a contender starts must not hold the pipes open
+        os.set_inheritable(descriptor, inheritable=False)
     torch.set_num_threads(1)
     me = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     with os.fdopen(request_fd, encoding="utf-8") as requests, os.fdopen(reply_fd, "w", encoding="utf-8") as replies:

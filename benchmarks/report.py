@@ -67,14 +67,12 @@ def short(number: float) -> str:
         >>> [short(number) for number in (0.0123, 1.2345, 123.4, 5678.9)]
         ['0.0123', '1.23', '123', '5679']
     """
-    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"  # noqa: PLR2004 - three digits
+    return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def ratios(table: Table, above: str, below: str) -> list[float]:
     """Divide one contender's measurement by another's, round by round."""
-    return [
-        top / bottom for top, bottom in zip(table.measurements[above], table.measurements[below], strict=True)
-    ]
+    return [top / bottom for top, bottom in zip(table.measurements[above], table.measurements[below], strict=True)]
 
 
 def best(table: Table, names: Sequence[str]) -> str | None:
@@ -129,9 +127,7 @@ def table_markdown(table: Table) -> str:
             row.append(short(table.num_bytes / median / 1e9) if median > 0 else "")
         if reference is not None:
             row.append(str(Summary.of(ratios(table, name, reference))))
-        row += [
-            str(Summary.of(column[name])) if column.get(name) else "" for column in table.columns.values()
-        ]
+        row += [str(Summary.of(column[name])) if column.get(name) else "" for column in table.columns.values()]
         row += [table.notes.get(name, "")] if table.notes else []
         rows.append(row)
     return _rows(head, rows)

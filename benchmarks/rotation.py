@@ -10,8 +10,8 @@ WARM_UP = -1
 Measurement = TypeVar("Measurement")
 
 
-def rounds(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, list[str]]]:
-    """Yield a warm-up round and the measured ones, each with every contender once.
+def rounds(names: Sequence[str], num_rounds: int, *, warm_up: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Yield a warm-up round, if wanted, and the measured ones, each with every contender once.
 
     The first contender of a round is the second of the round before, so that none is always measured right after the
     same other one's deletions and write-backs.
@@ -20,7 +20,7 @@ def rounds(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, list[st
         >>> list(rounds(["a", "b", "c"], 2))
         [(-1, ['a', 'b', 'c']), (0, ['a', 'b', 'c']), (1, ['b', 'c', 'a'])]
     """
-    for number in range(WARM_UP, num_rounds):
+    for number in range(WARM_UP if warm_up else 0, num_rounds):
         shift = max(number, 0) % len(names)
         yield number, [*names[shift:], *names[:shift]]
 
@@ -45,21 +45,23 @@ def rotate(
     *,
     failure: type[Exception],
     recover: Callable[[str], None],
+    warm_up: bool = True,
 ) -> Rotation[Measurement]:
     """Measure the contenders in turn. One that fails is left out of all further rounds, with the reason.
 
     Args:
         names: the contenders.
-        num_rounds: how many rounds are measured, after a warm-up round that is not.
+        num_rounds: how many rounds are measured.
         measure: measures one contender in one round.
         failure: what `measure` raises when a contender cannot do it.
         recover: called after a failure of a contender, so that the others can go on.
+        warm_up: begin with a round that is not counted.
 
     Returns:
         The measurements of those that took part in every round.
     """
     result: Rotation[Measurement] = Rotation({name: [] for name in names})
-    for number, order in rounds(names, num_rounds):
+    for number, order in rounds(names, num_rounds, warm_up=warm_up):
         for name in order:
             if name in result.failures:
                 continue

@@ -37,7 +37,9 @@ _FREE_CHECKPOINTS = 8  # the warm load keeps one of each contender
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="cases to run, separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--only", default=",".join(CASES), help="cases to run, separated by commas (default: %(default)s)"
+    )
     parser.add_argument("--size-gb", type=float, default=2.0, help="float32 weights and Adam moments, over both ranks")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each case, after a warm-up round")
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks" / "results", help="where the report goes")
@@ -60,7 +62,9 @@ def main() -> None:
     scratch.mkdir(parents=True)
     needed = _FREE_CHECKPOINTS * arguments.size_gb * 1e9
     if shutil.disk_usage(scratch).free < needed:
-        raise SystemExit(f"{scratch} needs {needed / 1e9:.0f} GB of free space for checkpoints of {arguments.size_gb} GB")
+        raise SystemExit(
+            f"{scratch} needs {needed / 1e9:.0f} GB of free space for checkpoints of {arguments.size_gb} GB"
+        )
     pythons = {"main": Path(sys.executable), "colossalai": REPO / ".venv-colossalai" / "bin" / "python"}
     begun = time.monotonic()
 
@@ -68,7 +72,7 @@ def main() -> None:
         print(f"[{time.monotonic() - begun:7.1f} s] {text}", flush=True)
 
     options = Options(arguments.size_gb, arguments.rounds, scratch, pythons, say)
-    facts = {
+    facts: dict[str, object] = {
         "date": machine.today(),
         "commit": machine.commit(),
         "machine": machine.machine(scratch),
@@ -78,9 +82,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     stem = arguments.out / (arguments.name or time.strftime("%Y-%m-%d", time.gmtime()))
     tables: list[report.Table] = []
-    for case in CASES:
+    for case, module in CASES.items():
         if case in arguments.only.split(","):
-            tables += importlib.import_module(f"benchmarks.cases.{CASES[case]}").run(options)
+            tables += importlib.import_module(f"benchmarks.cases.{module}").run(options)
             write(stem, tables, facts)
     say(f"wrote {stem}.json and {stem}.md")
 

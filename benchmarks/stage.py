@@ -97,7 +97,7 @@ class Stage:
         return job.call(function, name=name, **arguments)
 
     def rotate(
-        self, names: Sequence[str], measure: Callable[[str, int], Measurement]
+        self, names: Sequence[str], measure: Callable[[str, int], Measurement], *, warm_up: bool = True
     ) -> Rotation[Measurement]:
         """Measure the contenders in turn; see `rotation.rotate`."""
 
@@ -111,7 +111,14 @@ class Stage:
             self._stop(ENTRIES[name].job)
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-        return rotate(names, self.options.num_rounds, measured, failure=RankFailureError, recover=recover)
+        return rotate(
+            names,
+            self.options.num_rounds,
+            measured,
+            failure=RankFailureError,
+            recover=recover,
+            warm_up=warm_up,
+        )
 
     def check_size(self, path: Path) -> None:
         """See that a contender has written what it was given.

@@ -150,8 +150,8 @@ def build_llama(rank: Rank, *, size_gb: float) -> dict[str, Any]:
 def build_rows(rank: Rank, *, num_tensors: int, num_rows: int, num_columns: int) -> dict[str, Any]:
     """Build a model of tensors `[rows, columns]`, sharded by rows, without an optimizer."""
     _start(rank)
-    model = nn.Sequential(*(nn.Linear(num_columns, num_rows, bias=False) for _ in range(num_tensors)))
-    model, _ = _boosted("fsdp", model, with_optimizer=False)
+    plain = nn.Sequential(*(nn.Linear(num_columns, num_rows, bias=False) for _ in range(num_tensors)))
+    model, _ = _boosted("fsdp", plain, with_optimizer=False)
     rank.subject = Subject(model, None)
     return _facts(rank.subject)
 
@@ -180,9 +180,7 @@ def _start(rank: Rank) -> None:
     torch.manual_seed(rank.rank)
 
 
-def _boosted(
-    plugin: str, model: nn.Module, *, with_optimizer: bool
-) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+def _boosted(plugin: str, model: nn.Module, *, with_optimizer: bool) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     from shardpoint.booster import Booster, TorchDDPPlugin, TorchFSDPPlugin
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6) if with_optimizer else None
@@ -200,5 +198,6 @@ def _facts(subject: Subject) -> dict[str, Any]:
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor, as a view."""
     local = tensor.detach()
     return local.to_local() if isinstance(local, DTensor) else local

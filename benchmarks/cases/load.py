@@ -18,6 +18,10 @@ WARM_NAMES = ("raw_preadv", "shardpoint", "dcp_1", "torch_save", "safetensors")
 COLD_NAMES = ("raw_direct", "shardpoint", "dcp_1")
 RAW_NAMES = ("raw_preadv", "raw_direct")
 _MOST_RESIDENT = 0.01
+_REMARK = (
+    "Each load fills the live weights and moments in place; before the first one they are set to zero, and after it "
+    "compared with what was saved."
+)
 
 
 def run(options: Options) -> list[Table]:
@@ -59,10 +63,7 @@ def load_table(stage: Stage, case: str, title: str, names: tuple[str, ...], *, c
         reference=names[0],
         num_bytes=stage.num_bytes,
         columns={"GB read from the device": device} if cold else {},
-        remarks=[
-            "Each load fills the live weights and moments in place; before the first one they are set to zero, and after "
-            "it compared with what was saved."
-        ],
+        remarks=[_REMARK],
     )
 
 

@@ -32,7 +32,11 @@ def run(options: Options) -> list[Table]:
                 peaks.append([float(reply["peak_mb"]) for reply in replies])
             return max(map(max, peaks))
 
-        rotation = stage.rotate(NAMES, measure)
+        rotation = stage.rotate(NAMES, measure, warm_up=False)
+    remark = (
+        f"Each rank holds half of {num_bytes / 1e6:.0f} MB. The highest resident set (VmHWM, reset before) during the first "
+        f"{_NUM_SAVES} saves of fresh processes, less the resident set before the first."
+    )
     return [
         table_of(
             "memory",
@@ -40,10 +44,7 @@ def run(options: Options) -> list[Table]:
             rotation.measurements,
             rotation.failures,
             unit="MB",
-            remarks=[
-                f"Each rank holds half of {num_bytes / 1e6:.0f} MB. The highest resident set (VmHWM, reset before) during the "
-                f"first {_NUM_SAVES} saves of fresh processes, less the resident set before the first."
-            ],
+            remarks=[remark],
         )
     ]
 

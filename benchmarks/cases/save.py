@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,18 @@ NAMES = (
 def run(options: Options) -> list[Table]:
     """Save the same bytes with every contender in turn."""
     with Stage(options, "save", "benchmarks.subject:build_llama", size_gb=options.size_gb) as stage:
-        rotation = stage.rotate(NAMES, lambda name, _: save_once(stage, name))
-        remark = f"{stage.facts['num_tensors']} tensors, {stage.num_bytes / 1e9:.2f} GB; {stage.facts['shape']}."
-        return [
-            table_of(
-                "save",
-                "Durable save",
-                rotation.measurements,
-                rotation.failures,
-                reference="raw_direct",
-                num_bytes=stage.num_bytes,
-                remarks=[remark],
-            )
+        table = save_table(stage, "save", "Durable save", NAMES)
+        table.reference = "raw_direct"
+        table.remarks = [
+            f"{stage.facts['num_tensors']} tensors, {stage.num_bytes / 1e9:.2f} GB; {stage.facts['shape']}."
         ]
+        return [table]
+
+
+def save_table(stage: Stage, case: str, title: str, names: Sequence[str]) -> Table:
+    """Measure saves in turn."""
+    rotation = stage.rotate(names, lambda name, _: save_once(stage, name))
+    return table_of(case, title, rotation.measurements, rotation.failures, num_bytes=stage.num_bytes)
 
 
 def save_once(stage: Stage, name: str) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -50,6 +51,11 @@ def run(options: Options) -> list[Table]:
             for reader in readers.values():
                 reader.close()
     shutil.rmtree(options.scratch / "slice", ignore_errors=True)
+    remark = (
+        f"{NUM_TENSORS} tensors [{NUM_ROWS}, {NUM_COLUMNS}] of float32, saved by 2 ranks; rows {ROWS[0]} to {ROWS[1]} read by "
+        "one process, metadata included. Counted by the kernel: `rchar` of /proc/self/io, the bytes of all read calls. "
+        "DCP reads as rank 16 of 64."
+    )
     table = table_of(
         "slice",
         "Bytes read for 16 of the 1024 rows of every tensor",
@@ -59,11 +65,7 @@ def run(options: Options) -> list[Table]:
         durable=False,
         reference="wanted",
         columns={"seconds": seconds},
-        remarks=[
-            f"{NUM_TENSORS} tensors [{NUM_ROWS}, {NUM_COLUMNS}] of float32, saved by 2 ranks, rows {ROWS[0]} to {ROWS[1]} "
-            "read by one process, metadata included. Counted by the kernel: `rchar` of /proc/self/io, the bytes of all read "
-            "calls. DCP reads as rank 16 of 64."
-        ],
+        remarks=[remark],
     )
     return [table]
 
@@ -90,7 +92,8 @@ def read_shardpoint(_: Rank, *, path: str) -> dict[str, Any]:
 def read_dcp_1(_: Rank, *, path: str) -> dict[str, Any]:
     """Load the rows as the rank of a larger job would that holds them."""
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -103,7 +106,7 @@ def read_dcp_1(_: Rank, *, path: str) -> dict[str, Any]:
     locals_ = {f"{number}.weight": torch.zeros(num_rows, NUM_COLUMNS) for number in range(NUM_TENSORS)}
     state = {"model": {key: DTensor.from_local(value, mesh, [Shard(0)]) for key, value in locals_.items()}}
     with _Counted() as counted:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        load(state, storage_reader=FileSystemReader(path), no_dist=True)
         for value in locals_.values():
             counted.add(value)
     return counted.facts()
@@ -112,17 +115,14 @@ def read_dcp_1(_: Rank, *, path: str) -> dict[str, Any]:
 class _Counted:
     """Counts what is read in the context."""
 
-    def __enter__(self) -> _Counted:
-        import time
-
+    def __enter__(self) -> Self:
         self._num_values, self._num_zeros = 0, 0
-        self._clock = time.monotonic
-        self._start, self._rchar = self._clock(), io_counters()["rchar"]
+        self._start, self._rchar = time.monotonic(), io_counters()["rchar"]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._rchar = io_counters()["rchar"] - self._rchar
-        self._seconds = self._clock() - self._start
+        self._seconds = time.monotonic() - self._start
 
     def add(self, tensor: torch.Tensor) -> None:
         self._num_values += int((tensor != 0).sum())  # random values are not zero: an unread one would be

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.cases.load import load_table
-from benchmarks.cases.save import save_once
-from benchmarks.cases.tables import table_of
+from benchmarks.cases.save import save_table
 from benchmarks.report import Table
 from benchmarks.stage import Options, Stage
 
@@ -18,16 +17,12 @@ def run(options: Options) -> list[Table]:
     for plugin, title in (("fsdp", "FSDP2"), ("ddp", "DDP")):
         arguments = {"plugin": plugin, "num_tensors": NUM_TENSORS}
         with Stage(options, f"many_{plugin}_save", "benchmarks.subject:build_many", **arguments) as stage:
-            rotation = stage.rotate(NAMES, lambda name, _, stage=stage: save_once(stage, name))
             tables.append(
-                table_of(
-                    f"many_{plugin}_save",
-                    f"Durable save of {NUM_TENSORS:,} tensors of 1 KB, {title}",
-                    rotation.measurements,
-                    rotation.failures,
-                    reference="dcp_1",
+                save_table(
+                    stage, f"many_{plugin}_save", f"Durable save of {NUM_TENSORS:,} tensors of 1 KB, {title}", NAMES
                 )
             )
+            tables[-1].reference, tables[-1].num_bytes = "dcp_1", None
         case = f"many_{plugin}_load"
         with Stage(options, case, "benchmarks.subject:build_many", **arguments) as stage:
             table = load_table(stage, case, f"Warm load of {NUM_TENSORS:,} tensors of 1 KB, {title}", NAMES, cold=False)

@@ -28,6 +28,10 @@ from benchmarks.stage import Options, Stage, delete
 NAMES = ("shardpoint_async", "dcp_async_background", "dcp_async_process", "torch_checkpointing_async")
 _POLL_S = 0.005
 _NUM_STEPS = {"torch": 3, "python": 20}
+_REMARK = (
+    "The mean wall time of the steps from the call of save to the end of the step in which it became durable, the call "
+    "included, divided by that of steps without a save in the same round."
+)
 _TITLES = {
     "torch": "A training step while a save is written, both cores busy with torch",
     "python": "A training step while a save is written, trainer bound by Python",
@@ -53,9 +57,7 @@ def _table(stage: Stage, case: str, title: str, trainer: str) -> Table:
     }
 
     def measure(name: str, number: int) -> float:
-        replies = stage.call(
-            name, "benchmarks.cases.step_time:timed_steps", index=stage.next_index(), trainer=trainer
-        )
+        replies = stage.call(name, "benchmarks.cases.step_time:timed_steps", index=stage.next_index(), trainer=trainer)
         delete(replies)
         slowest = {key: max(reply[key] for reply in replies) for key in ("alone_s", "with_s", "num_steps", "durable_s")}
         if number != WARM_UP:
@@ -71,10 +73,7 @@ def _table(stage: Stage, case: str, title: str, trainer: str) -> Table:
         rotation.failures,
         unit="x",
         columns=columns,
-        remarks=[
-            "The mean wall time of the steps from the call of save to the end of the step in which it became durable, "
-            "the call included, divided by that of steps without a save in the same round."
-        ],
+        remarks=[_REMARK],
     )
 
 

@@ -37,7 +37,7 @@ class Contender(ABC):
         """Fill the live training state from what `save` wrote."""
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give everything back."""
 
 
@@ -110,7 +110,7 @@ ENTRIES: dict[str, Entry] = {
     "raw_preadv": Entry(
         "raw preadv", "raw:RawPreadv", "the limit: 16 MiB preadv into reused tensors, 1 thread per process", OWN
     ),
-    "memcpy": Entry("memcpy", "raw:Memcpy", "the limit: copies into tensors that were written before", "nothing written"),
+    "memcpy": Entry("memcpy", "raw:Memcpy", "copies into tensors that were written before", "nothing written"),
     "shardpoint": Entry(
         "Shardpoint", "shardpoint:Sync", "Checkpointer.save; Checkpointer.resume", OWN, syncs_itself=True
     ),

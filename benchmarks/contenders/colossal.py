@@ -1,7 +1,7 @@
-"""ColossalAI 0.5.0, in an environment of its own. It is imported here only, and on CPU it needs to be told a few things.
+"""ColossalAI 0.5.0, in an environment of its own. On CPU it needs to be told a few things.
 
-It expects an accelerator that it knows; its own extension point, `set_accelerator`, takes one that says what CPU tensors
-need said: there is nothing to wait for. Nothing of the package is changed.
+It expects an accelerator that it knows; its own extension point, `set_accelerator`, takes one that has nothing to wait
+for. Nothing of the package is changed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def start(rank: Rank, *, size_gb: float) -> dict[str, Any]:
     """Join the ranks. Each contender builds its own model, of the same shape as the others'."""
     colossalai.launch_from_torch()
     set_accelerator(_Cpu())
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign] - CPU tensors have no stream
+    setattr(torch.Tensor, "record_stream", lambda *_: None)  # noqa: B010 - CPU tensors have no stream
     torch.manual_seed(rank.rank)
     rank.kept["shape"] = LlamaShape.of(size_gb)
     rank.subject = Subject(nn.Linear(1, 1), None)

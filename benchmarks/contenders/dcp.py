@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save, save
 
 from benchmarks.contenders import AsyncContender, Contender
 from benchmarks.rank import Rank
@@ -41,15 +47,15 @@ class Dcp(Contender):
     def save(self, index: int) -> Path:
         """Collect the state dict and save it."""
         path = self.home / str(index)
-        writer = dcp.FileSystemWriter(path, sync_files=True, thread_count=self._num_threads)
+        writer = FileSystemWriter(path, sync_files=True, thread_count=self._num_threads)
         planner = DefaultSavePlanner(enable_plan_caching=True)
-        dcp.save(state_dict_of(self.subject), storage_writer=writer, planner=planner)
+        save(state_dict_of(self.subject), storage_writer=writer, planner=planner)
         return path
 
     def load(self, path: Path) -> None:
         """Load in place and install."""
         state = state_dict_of(self.subject)
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
+        load(state, storage_reader=FileSystemReader(path))
         if self.subject.optimizer is not None:
             set_state_dict(
                 self.subject.model,
@@ -58,7 +64,7 @@ class Dcp(Contender):
                 optim_state_dict=state["optimizer"],
             )
         else:
-            self.subject.model.load_state_dict(state["model"])
+            set_model_state_dict(self.subject.model, state["model"])
 
 
 class DcpHuggingFace(Contender):
@@ -74,7 +80,7 @@ class DcpHuggingFace(Contender):
         writer = HuggingFaceStorageWriter(
             str(path), thread_count=2, save_distributed=True, enable_consolidation=True, thread_count_consolidation=2
         )
-        dcp.save(tensors, storage_writer=writer)
+        save(tensors, storage_writer=writer)
         return path
 
 
@@ -106,9 +112,9 @@ class DcpAsync(AsyncContender):
     def start(self, index: int) -> Path:
         """Begin a save; with a background stager it returns before the copies are made."""
         path = self.home / str(index)
-        response: Any = dcp.async_save(
+        response: Any = async_save(
             state_dict_of(self.subject),
-            storage_writer=dcp.FileSystemWriter(path, sync_files=True, thread_count=1),
+            storage_writer=FileSystemWriter(path, sync_files=True, thread_count=1),
             planner=DefaultSavePlanner(enable_plan_caching=True),
             process_group=self._group,
             async_checkpointer_type=self._kind,

@@ -80,7 +80,7 @@ class RawPreadv(Contender):
     def __init__(self, rank: Rank, home: Path) -> None:
         super().__init__(rank, home)
         self._memory = torch.empty(self.subject.num_local_bytes(), dtype=torch.uint8).random_()
-        self._view = memoryview(self._memory.numpy())
+        self._view = memoryview(self._memory.numpy())  # type: ignore[arg-type]
 
     def save(self, index: int) -> Path:
         """Write the bytes that are to be read."""

@@ -32,7 +32,9 @@ class Sync(Contender):
 
     def __init__(self, rank: Rank, home: Path) -> None:
         super().__init__(rank, home)
-        self._manager = _manager(SyncCheckpointSaverConfig(writer_config=CheckpointWriterConfig(file_write_max_threads=2)))
+        self._manager = _manager(
+            SyncCheckpointSaverConfig(writer_config=CheckpointWriterConfig(file_write_max_threads=2))
+        )
 
     def save(self, index: int) -> Path:
         """Collect the state dict and save it."""
