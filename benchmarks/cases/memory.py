@@ -34,8 +34,8 @@ def run(options: Options) -> list[Table]:
 
         rotation = stage.rotate(NAMES, measure, warm_up=False)
     remark = (
-        f"Each rank holds half of {num_bytes / 1e6:.0f} MB. The highest resident set (VmHWM, reset before) during the first "
-        f"{_NUM_SAVES} saves of fresh processes, less the resident set before the first."
+        f"Each rank holds half of {num_bytes / 1e6:.0f} MB. The highest resident set (VmHWM, reset before) in the "
+        f"first {_NUM_SAVES} saves of fresh processes, less the resident set before the first."
     )
     return [
         table_of(

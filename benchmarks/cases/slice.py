@@ -52,9 +52,9 @@ def run(options: Options) -> list[Table]:
                 reader.close()
     shutil.rmtree(options.scratch / "slice", ignore_errors=True)
     remark = (
-        f"{NUM_TENSORS} tensors [{NUM_ROWS}, {NUM_COLUMNS}] of float32, saved by 2 ranks; rows {ROWS[0]} to {ROWS[1]} read by "
-        "one process, metadata included. Counted by the kernel: `rchar` of /proc/self/io, the bytes of all read calls. "
-        "DCP reads as rank 16 of 64."
+        f"{NUM_TENSORS} tensors [{NUM_ROWS}, {NUM_COLUMNS}] of float32, saved by 2 ranks; rows {ROWS[0]} to {ROWS[1]} "
+        "read by one process, metadata included. Counted by the kernel: `rchar` of /proc/self/io, the bytes of all "
+        "read calls. DCP reads as rank 16 of 64."
     )
     table = table_of(
         "slice",
@@ -85,7 +85,7 @@ def read_shardpoint(_: Rank, *, path: str) -> dict[str, Any]:
     with _Counted() as counted:
         checkpoint = opener(path)
         for number in range(NUM_TENSORS):
-            counted.add(torch.as_tensor(checkpoint.read(f"{number}.weight", part="modeling", rows=ROWS)))
+            counted.add(checkpoint.read(f"{number}.weight", part="modeling", rows=ROWS).tensor)
     return counted.facts()
 
 

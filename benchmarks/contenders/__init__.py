@@ -110,7 +110,7 @@ ENTRIES: dict[str, Entry] = {
     "raw_preadv": Entry(
         "raw preadv", "raw:RawPreadv", "the limit: 16 MiB preadv into reused tensors, 1 thread per process", OWN
     ),
-    "memcpy": Entry("memcpy", "raw:Memcpy", "copies into tensors that were written before", "nothing written"),
+    "memcpy": Entry("memcpy", "raw:Memcpy", "copies into memory that was written before", "nothing written"),
     "shardpoint": Entry(
         "Shardpoint", "shardpoint:Sync", "Checkpointer.save; Checkpointer.resume", OWN, syncs_itself=True
     ),
@@ -178,7 +178,7 @@ ENTRIES: dict[str, Entry] = {
     "torch_checkpointing": Entry(
         "torch-checkpointing",
         "torch_ckpt:Sync",
-        "CheckpointManager, sync saver, use_direct_io=False (its default fails here), 2 file threads, no resharder (which "
+        "CheckpointManager, sync saver, use_direct_io=False (its default fails here), 2 file threads, no resharder (it "
         "wants CUDA): it can be loaded by the same ranks only",
         AFTERWARDS,
     ),
