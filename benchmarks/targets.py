@@ -137,6 +137,9 @@ TARGETS = (
     ),
     Target("bytes read for a slice, against bytes wanted", 1.1, "at most", "x", _times("slice", _ME, "wanted")),
     Target("extra memory of a save: buffers and 64 MB", BUDGET_MB + SPARE_MB, "at most", " MB", _plain("memory", _ME)),
+    Target("seconds of a cold plan, one rank of 16,384", 0.3, "at most", " s", _plain("planning", "cold_plan_s")),
+    Target("... warm", 0.005, "at most", " s", _plain("planning", "warm_plan_s")),
+    Target("... the coordinator's merge", 2.0, "at most", " s", _plain("planning", "coordinator_merge_s")),
     Target(
         "speed of saving 10,000 tensors, FSDP2, against DCP",
         4.0,

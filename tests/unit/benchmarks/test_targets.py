@@ -18,10 +18,9 @@ def row(rows: list[dict[str, object]], words: str) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("mine", "verdict"), [(1.0, "reached"), (1.01, "missed")])
+@pytest.mark.parametrize("mine,verdict", [(1.0, "reached"), (1.01, "missed")])
 def test_a_speed_is_the_others_seconds_over_ours(mine: float, verdict: str) -> None:
     rows = judge(saves([mine] * 3))
-    assert row(rows, "raw O_DIRECT")["verdict"] in {verdict, ""}
     assert rows[0]["target"] == "at least 0.9x"
     assert rows[0]["median"] == pytest.approx(0.9 / mine)
     assert rows[0]["verdict"] == verdict
