@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 # What `make check` runs; `make ci` runs these and then all the others.
 FAST_TESTS := $(wildcard tests/unit tests/property tests/gates)
 
-.PHONY: help setup demo test check ci nightly clean
+.PHONY: help setup demo test check ci nightly bench bench-colossalai clean
 
 help:  ## Say what the targets do
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
 setup: $(VENV)/.stamp  ## Make .venv with everything pinned
 
@@ -56,6 +56,29 @@ ci: check  ## check, then every other test
 nightly: ci demo  ## ci, the demo, and the long tests
 	@$(BIN)/python -m pytest -m nightly
 
+# The benchmarks' own packages go into .venv on top, when they are asked for; ColossalAI wants older ones of others, so it
+# has an environment of its own, at the versions in benchmarks/colossalai-constraints.txt.
+COLOSSALAI := .venv-colossalai
+$(VENV)/.bench-stamp: $(VENV)/.stamp
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[bench]'
+	@touch $@
+
+# colossalai's metadata asks for torch<=2.5.1 and for packages that saving does not use: it is installed without them.
+$(COLOSSALAI)/.stamp: benchmarks/colossalai-constraints.txt $(VENV)/.stamp
+	@echo "Setting up $(COLOSSALAI) ..."; rm -f $@
+	@$(BIN)/python -m venv $(COLOSSALAI)
+	@cd $(COLOSSALAI) && pip="bin/python -m pip install -qq --disable-pip-version-check -c ../$<"; \
+	$$pip pip setuptools wheel; \
+	$$pip torch numpy transformers peft accelerate safetensors packaging psutil tqdm rich einops contexttimer; \
+	$$pip --no-deps --no-build-isolation colossalai; \
+	$$pip --no-deps galore_torch bitsandbytes
+	@touch $@
+
+bench-colossalai: $(COLOSSALAI)/.stamp  ## Make .venv-colossalai, for the comparison with ColossalAI
+
+bench: $(VENV)/.bench-stamp $(COLOSSALAI)/.stamp  ## Measure saves and loads beside raw limits and others (an hour)
+	@$(BIN)/python benchmarks/run.py
+
 clean:  ## Remove caches and what the demo wrote (.venv stays)
-	@rm -rf demo checkpoints runs build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf benchmarks/scratch demo checkpoints runs build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
