@@ -1,4 +1,3 @@
-# ruff: noqa: INP001 - the folders' `__init__.py` come with the runner
 """How long does planning take for 16,384 ranks, on one of them?
 
 Llama-3-405B with AdamW (3,411 tensors) under FSDP over tensor parallelism, 2048 x 8 ranks, 8 kinds of tables.
@@ -28,8 +27,8 @@ def run() -> dict[str, float]:
 
     Returns:
         Medians in seconds: `cold_plan_s`, from the encoded tables of all kinds to the merged table, its digest, the
-        file layout, its digest and one rank's items and chunks; `warm_plan_s`, from a rank's own new table over its digest to the
-        plan in the cache; `coordinator_merge_s`, what the coordinator does with the bundles of its children and its own
+        file layout, its digest and one rank's items and chunks; `warm_plan_s`, from a rank's own new table over its
+        digest to the plan in the cache; `coordinator_merge_s`, what the coordinator does with the bundles of its children and its own
         vote, to the whole tensors' checksums and the check that each byte was written once; `interior_merge_s`, what a
         rank with as many children does.
     """

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import atexit
 import os
-import queue
 import threading
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 import torch.distributed as dist
 
+from shardpoint.adapters.store_line import Line, StoreClient
 from shardpoint.comm import Comm, SoloComm
 from shardpoint.comm.liveness import Beat
 from shardpoint.comm.rounds import RoundComm
@@ -36,29 +36,14 @@ from shardpoint.errors import DistributedError, UsageError
 
 CHUNK_BYTES = 1 << 20  # a TCPStore's server drops the connection of a client that sends more than 8 MiB
 _HEAD_BYTES = 64  # what a value's head takes of its first chunk, at most
-_SLICE_S = 0.5
 _POLL_MIN_S = 0.0002
 _POLL_MAX_S = 0.1
 _POLL_SHARE = 0.05  # asking costs at most this share of the time waited
 _LINGER_S = 5.0
-_JOIN_S = 1.0
-
-T = TypeVar("T")
 
 _instances: Counter[str] = Counter()
 _opened: list[tuple[weakref.ref[dist.ProcessGroup], C10dComm]] = []  # weak: a group that is gone must free its store
 _opened_lock = threading.Lock()
-
-
-class _Client(Protocol):
-    """What is asked of a c10d store (its own annotations say `str` where it takes bytes)."""
-
-    def set(self, key: str, value: bytes) -> None: ...
-    def get(self, key: str) -> bytes: ...
-    def multi_get(self, keys: list[str]) -> list[bytes]: ...
-    def add(self, key: str, value: int) -> int: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def delete_key(self, key: str) -> bool: ...
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):
@@ -66,121 +51,6 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
 
     num_chunks: int
     first: bytes
-
-
-class _Call:
-    """One operation on the store, for the thread that owns the connection."""
-
-    def __init__(self, operation: Callable[[_Client], Any]) -> None:
-        self.operation = operation
-        self.done = threading.Event()
-        self.value: Any = None
-        self.error: Exception | None = None
-
-
-class _Line:
-    """A connection to a store, owned by one daemon thread that also sends the beats.
-
-    Args:
-        connect: makes the connection; runs in the thread.
-        beat: sends one beat; runs in the thread, and takes microseconds of it.
-        heartbeat_s: seconds between two beats.
-        silence_s: seconds after which a call that has not returned is given up, and the line with it.
-        name: the thread's name.
-    """
-
-    def __init__(
-        self,
-        connect: Callable[[], _Client],
-        beat: Callable[[_Client], None],
-        *,
-        heartbeat_s: float,
-        silence_s: float,
-        name: str,
-    ) -> None:
-        self._connect = connect
-        self._beat = beat
-        self._heartbeat_s = heartbeat_s
-        self._silence_s = silence_s
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._lost: str | None = None
-        self._cause: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-        try:
-            self.call(lambda _client: None)
-        except BaseException:
-            self.stop()
-            raise
-
-    def call(self, operation: Callable[[_Client], T]) -> T:
-        """Run an operation and return its result.
-
-        Raises:
-            DistributedError: the store is gone, or does not answer; so it will be for every later call.
-        """
-        call = _Call(operation)
-        self._refuse_if_lost()
-        self._calls.put(call)
-        give_up_at = time.monotonic() + self._silence_s
-        while not call.done.wait(min(_SLICE_S, self._silence_s)):
-            if time.monotonic() >= give_up_at:
-                self._lost = f"the store that carries the votes has not answered for {self._silence_s:.0f} s"
-            self._refuse_if_lost()
-        if call.error is not None:
-            self._refuse_if_lost()
-        return cast("T", call.value)
-
-    def post(self, operation: Callable[[_Client], Any]) -> None:
-        """Have an operation run, without waiting; if it fails the line is lost, as the next call will say."""
-        if self._lost is None:
-            self._calls.put(_Call(operation))
-
-    def stop(self) -> None:
-        """End the thread, after what it was given before; wait for one that hangs in the store a moment only.
-
-        Race: a thread that returns from a native call while the interpreter ends aborts the process ("terminate called
-        without an active exception"). It takes a store that hung until then, and answers or dies at just that time.
-        """
-        self._calls.put(None)
-        self._thread.join(_JOIN_S)
-        self._lost = self._lost or "the comm was closed"
-
-    def _refuse_if_lost(self) -> None:
-        if self._lost is not None:
-            raise DistributedError(self._lost) from self._cause
-
-    def _run(self) -> None:
-        client: _Client | None = None
-        beat_at = time.monotonic()
-        while True:
-            call = self._next_call(beat_at)
-            if call is None:
-                return
-            if call.operation is self._beat:
-                beat_at = time.monotonic() + self._heartbeat_s
-            try:
-                if client is None:
-                    client = self._connect()
-                    del self._connect  # it may hold the group's own store, which must end when the group does
-                call.value = call.operation(client)
-            except Exception as error:  # noqa: BLE001 - stores raise RuntimeError, its subclasses, and what they like
-                call.error = self._cause = error
-                reason = str(error).partition("\n")[0]
-                self._lost = self._lost or f"the store that carries the votes is gone: {type(error).__name__}: {reason}"
-            call.done.set()
-
-    def _next_call(self, beat_at: float) -> _Call | None:
-        """Return the next operation: a beat whenever one is due, however much else is asked for; None to end."""
-        if self._lost is not None:
-            return self._calls.get()
-        wait_s = beat_at - time.monotonic()
-        if wait_s <= 0:
-            return _Call(self._beat)
-        try:
-            return self._calls.get(timeout=wait_s)
-        except queue.Empty:
-            return _Call(self._beat)
 
 
 class C10dComm(RoundComm):
@@ -242,10 +112,10 @@ class C10dComm(RoundComm):
         self._heard_of: set[int] = set()
         self._verdict_keys: list[str] = []
         self._vote_keys: dict[str, list[str]] = {}
-        self._line: _Line | None = None
+        self._line: Line | None = None
         if self.world_size > 1:
             store = group.get_group_store()
-            self._line = _Line(
+            self._line = Line(
                 lambda: _connect(store, self._prefix, silence_s),
                 self._send_beat,
                 heartbeat_s=heartbeat_s,
@@ -329,7 +199,7 @@ class C10dComm(RoundComm):
     # The transport.
 
     @property
-    def _wire(self) -> _Line:
+    def _wire(self) -> Line:
         if self._line is None:
             text = "a group of one rank has nobody to send to"
             raise DistributedError(text)
@@ -389,7 +259,7 @@ class C10dComm(RoundComm):
         if self._line is not None:
             self._line.post(self._send_beat)
 
-    def _send_beat(self, client: _Client) -> None:
+    def _send_beat(self, client: StoreClient) -> None:
         if self._has_left:
             return
         self._num_beats += 1
@@ -500,10 +370,10 @@ def _is_alive(group: dist.ProcessGroup) -> bool:
     return True
 
 
-def _connect(store: Any, prefix: str, timeout_s: float) -> _Client:
+def _connect(store: Any, prefix: str, timeout_s: float) -> StoreClient:
     client = dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]  # torch exports it, but not in words
     client.set_timeout(timedelta(seconds=timeout_s))
-    return cast("_Client", client)
+    return cast("StoreClient", client)
 
 
 def _vote_key(number: int, rank: int) -> str:

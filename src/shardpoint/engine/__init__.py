@@ -2,9 +2,9 @@
 
 from shardpoint.engine.background import BackgroundSaver
 from shardpoint.engine.foreign import load_foreign, save_foreign
+from shardpoint.engine.inspection import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
-from shardpoint.engine.opened import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.parts import (
     load_lr_scheduler,
