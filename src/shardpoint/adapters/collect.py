@@ -16,7 +16,7 @@ from shardpoint.adapters import hugging_face, lora
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
-from shardpoint.adapters.tensors import LocalBytes, describe, live_values, plain_values
+from shardpoint.adapters.tensors import LocalBytes, describe, live_values, local_tensor, plain_values
 from shardpoint.errors import ManifestError, UsageError
 from shardpoint.geometry import Region
 from shardpoint.layout import Mesh
@@ -45,16 +45,23 @@ class Held:
         tensor: the live tensor.
         region: the part.
         is_stable: whether nothing but an optimizer's step changes it (parameters, optimizer states).
+        part: the tensor's local part, where it is known already.
     """
 
     tensor: torch.Tensor
     region: Region
     is_stable: bool = True
+    part: torch.Tensor | None = None
+
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's part, sharing the tensor's memory."""
+        return self.part if self.part is not None else local_tensor(self.tensor)
 
     def open(self) -> LocalBytes:
         """Return its bytes."""
         with torch.no_grad():
-            return LocalBytes(self.tensor)
+            return LocalBytes(self.local)
 
 
 @dataclass
@@ -118,7 +125,7 @@ class Collected:
         self._facts.append(TensorFact(part, fqn, state, key, layout.dtype, layout.shape, index, layout.placements))
         self._names.add((part, key))
         if layout.region is not None:
-            self.held[part, key] = Held(tensor, layout.region, is_stable)
+            self.held[part, key] = Held(tensor, layout.region, is_stable, layout.local)
 
     def add_model(self, named: NamedModule, part: str, adapters: str, stem: str = "model") -> None:
         """Add a model's parameters and persistent buffers.

@@ -19,6 +19,8 @@ from torch import nn
 from shardpoint.adapters.names import NamedTensor, class_name
 from shardpoint.errors import UsageError
 
+_MAX_MADE = 8
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,10 +53,8 @@ def model_documents(model: nn.Module, tensors: list[NamedTensor], tokenizer: Any
     documents: dict[str, bytes] = {}
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
-        documents["config.json"] = _config(model, config, tensors)
         generation: Any = getattr(model, "generation_config", None)
-        if hasattr(generation, "to_json_string"):
-            documents["generation_config.json"] = generation.to_json_string().encode()
+        documents |= _configs(model, config, generation, _dtype(tensors))
     if tokenizer is not None:
         documents |= {name: data for name, data in _tokenizer_files(tokenizer).items() if name not in documents}
     elif config is not None:
@@ -64,16 +64,39 @@ def model_documents(model: nn.Module, tensors: list[NamedTensor], tokenizer: Any
     return documents
 
 
-def _config(model: nn.Module, config: Any, tensors: list[NamedTensor]) -> bytes:
-    fields: dict[str, Any] = json.loads(config.to_json_string())
-    fields["architectures"] = [class_name(model)]
+def _dtype(tensors: list[NamedTensor]) -> str | None:
+    """Return the dtype that most of the weights have."""
     dtypes: Counter[torch.dtype] = Counter()
     for named in tensors:
         if named.is_parameter and named.tensor.is_floating_point():
             dtypes[named.tensor.dtype] += named.tensor.numel()
-    if dtypes:
-        name = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
-        fields["torch_dtype" if "torch_dtype" in fields and "dtype" not in fields else "dtype"] = name
+    return str(dtypes.most_common(1)[0][0]).removeprefix("torch.") if dtypes else None
+
+
+_made: dict[str, tuple[Any, dict[str, bytes]]] = {}  # of the last models: turning configs into text takes milliseconds
+
+
+def _configs(model: nn.Module, config: Any, generation: Any, dtype: str | None) -> dict[str, bytes]:
+    """Return `config.json` and `generation_config.json`; those of the last time where nothing in them has changed."""
+    kind = class_name(model)
+    looks = (repr(vars(config)), repr(vars(generation)) if hasattr(generation, "__dict__") else "", dtype)
+    known = _made.get(kind)
+    if known is not None and known[0] == looks:
+        return known[1]
+    documents = {"config.json": _config(kind, config, dtype)}
+    if hasattr(generation, "to_json_string"):
+        documents["generation_config.json"] = generation.to_json_string().encode()
+    if len(_made) >= _MAX_MADE:
+        _made.clear()
+    _made[kind] = looks, documents
+    return documents
+
+
+def _config(kind: str, config: Any, dtype: str | None) -> bytes:
+    fields: dict[str, Any] = json.loads(config.to_json_string())
+    fields["architectures"] = [kind]
+    if dtype is not None:
+        fields["torch_dtype" if "torch_dtype" in fields and "dtype" not in fields else "dtype"] = dtype
     quantization = fields.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "gguf":
         del fields["quantization_config"]

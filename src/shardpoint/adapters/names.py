@@ -6,6 +6,7 @@ Wrappers are removed by walking modules and testing wrapper classes, never as te
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,7 +97,11 @@ def reshard(module: nn.Module) -> None:
     After a forward without a backward the root is unsharded: its parameters are other objects, and bytes loaded into
     the shards would be ignored by the next forward.
     """
-    for child in module.modules():
+    _reshard(module.modules())
+
+
+def _reshard(modules: Iterable[nn.Module]) -> None:
+    for child in modules:
         if isinstance(child, FSDPModule):
             child.reshard()
 
@@ -107,19 +112,21 @@ def name_tensors(module: nn.Module) -> NamedModule:
     Args:
         module: as the trainer has it, wrapped or not. FSDP2 modules in it are resharded first.
     """
-    reshard(module)
+    modules = list(module.modules())
+    _reshard(modules)
     root, _ = unwrapped(module)
     named = NamedModule(root)
     _walk(module, "", None, named, set())
-    apart = _unsynchronised(module)
-    named.tensors = [replace(tensor, mesh=None) if id(tensor.tensor) in apart else tensor for tensor in named.tensors]
+    apart = _unsynchronised(modules)
+    if apart:
+        named.tensors = [replace(one, mesh=None) if id(one.tensor) in apart else one for one in named.tensors]
     return named
 
 
-def _unsynchronised(module: nn.Module) -> set[int]:
+def _unsynchronised(modules: Iterable[nn.Module]) -> set[int]:
     """Return the ids of the parameters that a DDP was told to ignore: nothing keeps those alike."""
     found: set[int] = set()
-    for child in module.modules():
+    for child in modules:
         if isinstance(child, DistributedDataParallel) and child.parameters_to_ignore:
             named = child.module.named_parameters(remove_duplicate=False)
             found |= {id(parameter) for name, parameter in named if name in child.parameters_to_ignore}

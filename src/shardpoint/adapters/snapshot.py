@@ -12,7 +12,7 @@ once before the save returns and once more when its role is staged. A step count
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardpoint.adapters.collect import Collected, Held
 from shardpoint.adapters.state import TrainState
-from shardpoint.adapters.tensors import flat_bytes, local_tensor
+from shardpoint.adapters.tensors import flat_bytes
 from shardpoint.errors import TornSnapshotError
 
 SMALL_BYTES = 64 * 2**10
@@ -145,7 +145,7 @@ def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tu
     now: list[tuple[Name, Held, torch.Tensor]] = []
     later: list[tuple[Name, torch.Tensor]] = []
     for name, held in collected.held.items():
-        local = local_tensor(held.tensor)
+        local = held.local
         num_bytes = local.numel() * local.element_size()
         is_plain = local.is_contiguous() and not local.is_conj() and not local.is_neg()
         if held.is_stable and is_plain and num_bytes > SMALL_BYTES:
@@ -157,7 +157,7 @@ def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tu
     if rooms:
         torch._foreach_copy_(rooms, [source for _, _, source in now])
     for (name, held, _), room in zip(now, rooms, strict=True):
-        snapshot.held[name] = replace(held, tensor=room)
+        snapshot.held[name] = Held(room, held.region)
     return later
 
 

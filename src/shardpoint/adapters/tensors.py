@@ -80,6 +80,7 @@ class TensorLayout:
         mesh: over which it is spread, or None for a plain tensor.
         placements: one per mesh axis.
         region: the part that this rank holds; None on a rank outside the mesh, which holds nothing.
+        local: that part, sharing the tensor's memory.
     """
 
     dtype: str
@@ -87,6 +88,7 @@ class TensorLayout:
     mesh: Mesh | None
     placements: tuple[Placement, ...]
     region: Region | None
+    local: torch.Tensor
 
 
 def _placement(placement: Any) -> Placement:
@@ -157,7 +159,7 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
     if not isinstance(tensor, DTensor):
         shape = tuple(local.shape)
         placements = (Placement("replicate"),) if replicated_over is not None else ()
-        return TensorLayout(name, shape, replicated_over, placements, Region.whole(shape))
+        return TensorLayout(name, shape, replicated_over, placements, Region.whole(shape), local)
     shape = tuple(tensor.shape)
     try:
         mesh, spread, region, lengths = _spread(shape, tensor.device_mesh, tensor.placements, rank)
@@ -169,7 +171,7 @@ def describe(tensor: torch.Tensor, replicated_over: Mesh | None, place: str, ran
             f"{mesh.shape} gives {list(lengths)}: this layout cannot be saved safely; please report it"
         )
         raise UsageError(text)
-    return TensorLayout(name, shape, mesh, spread, region)
+    return TensorLayout(name, shape, mesh, spread, region, local)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -194,11 +196,11 @@ class LocalBytes:
     when it is read from, before the first byte; when it is written to, after the last (`finish`).
 
     Args:
-        tensor: the live tensor, plain or DTensor.
+        local: the part, as `local_tensor` gives it; a DTensor counts as its part.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._local = local_tensor(tensor)
+    def __init__(self, local: torch.Tensor) -> None:
+        self._local = local_tensor(local)
         self.num_bytes = self._local.numel() * self._local.element_size()
         plain = self._local.is_contiguous() and not self._local.is_conj() and not self._local.is_neg()
         self._in_place = plain and self._local.device.type == "cpu"
