@@ -25,8 +25,8 @@ from shardpoint.adapters.tensors import flat_bytes
 from shardpoint.errors import TornSnapshotError
 
 SMALL_BYTES = 64 * 2**10
-NUM_SAMPLES = 64
-SAMPLE_BYTES = 64
+NUM_SAMPLES = 16
+SAMPLE_BYTES = 256
 _MAX_PROBES = 8
 
 Name = tuple[str, str]
@@ -174,7 +174,7 @@ def _sample(snapshot: Snapshot, later: list[tuple[Name, torch.Tensor]], roles: M
 
 
 def _spread(flat: torch.Tensor) -> torch.Tensor:
-    """Return 64 times 64 bytes spread over a tensor of more than 64 KiB, sharing its memory."""
+    """Return 16 times 256 bytes spread over a tensor of more than 64 KiB, sharing its memory."""
     step = (flat.numel() - SAMPLE_BYTES) // (NUM_SAMPLES - 1)
     return flat.as_strided((NUM_SAMPLES, SAMPLE_BYTES), (step, 1))
 
