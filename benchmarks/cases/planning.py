@@ -29,8 +29,8 @@ def run() -> dict[str, float]:
         Medians in seconds: `cold_plan_s`, from the encoded tables of all kinds to the merged table, its digest, the
         file layout, its digest and one rank's items and chunks; `warm_plan_s`, from a rank's own new table over its
         digest to the plan in the cache; `coordinator_merge_s`, what the coordinator does with the bundles of its
-        children and its own vote, to the whole tensors' checksums and the check that each byte was written once; `interior_merge_s`, what a
-        rank with as many children does.
+        children and its own vote, to the whole tensors' checksums and the check that each byte was written once;
+        `interior_merge_s`, what a rank with as many children does.
     """
     job = llama3_405b()
     sent = [(ranks, encode_table(table)) for ranks, table in job.tables]
