@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from shardpoint.adapters.c10d import open_comm, own_comm
+from shardpoint.adapters.collect import Known
 from shardpoint.adapters.exchange import GlooExchange
 from shardpoint.adapters.staging import pinning
 from shardpoint.adapters.state import RunState, TrainState, as_roles
@@ -111,6 +112,7 @@ class Checkpointer:
         self._when_busy = when_busy
         self._background: BackgroundSaver | None = None
         self._pending: list[PendingSave] = []
+        self._known: Known = {}
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._arrival: Arrival | None = None
@@ -227,7 +229,7 @@ class Checkpointer:
         refusal: UsageError | None = None
         try:
             run = run_state(epoch, step, batch_size)
-            request = training_request(as_roles(state), self._comm, run, metrics=metrics)
+            request = training_request(as_roles(state), self._comm, run, metrics=metrics, known=self._known)
         except UsageError as error:
             # Order: into the first round with it. Raised here, it would leave the other ranks waiting for this one.
             refusal, request = error, refused_request(error)

@@ -633,3 +633,31 @@ def test_all_corrupt_says_so(tmp_path: Path) -> None:
         with pytest.raises(CorruptionError) as caught:
             checkpointer.resume(state)
     assert "none of the 2 checkpoints" in "".join(caught.value.__notes__)
+
+
+def test_what_changed_between_two_saves_is_seen(tmp_path: Path) -> None:
+    """Tensors that did not change are not looked at again; each of these changes must be noticed all the same."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict({name: nn.Parameter(torch.randn(4, 6)) for name in "abcdefg"})
+    state = TrainState(model=model)
+
+    def saved(number: int) -> dict[str, torch.Tensor]:
+        pending = checkpointer.save(state, epoch=0, step=number, batch_size=1)
+        assert pending is not None
+        return on_disk(tmp_path / f"epoch-0_step-{number}" / "modeling")
+
+    with Checkpointer(tmp_path) as checkpointer:
+        assert same_bits(saved(1), weights(model))
+        model["a"].data = torch.randn(4, 6)  # other memory
+        model["b"].data = model["b"].data.double()
+        model["c"].data = torch.randn(2, 12)
+        model["d"].data = model["d"].data.view(6, 4)  # the same memory in another shape
+        model["e"].data = torch.randn(6, 4).t()  # strides
+        model["f"] = nn.Parameter(torch.randn(4, 6))  # another object
+        del model["g"]
+        assert same_bits(saved(2), weights(model))
+        model["a"].data.add_(1)  # contents only
+        assert same_bits(saved(3), weights(model))
+        model["a"].data = model["a"].data[:1, :1].expand(4, 6)
+        with pytest.raises(UsageError, match="expanded"):
+            saved(4)

@@ -5,6 +5,7 @@ The same walk serves both ways: a save reads the tensors that it names, a load f
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from shardpoint.adapters import hugging_face, lora
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
-from shardpoint.adapters.tensors import LocalBytes, describe, live_values, local_tensor, plain_values
+from shardpoint.adapters.tensors import LocalBytes, describe, dtype_name, live_values, local_tensor, plain_values
 from shardpoint.errors import ManifestError, UsageError
 from shardpoint.geometry import Region
 from shardpoint.layout import Mesh
@@ -64,6 +65,37 @@ class Held:
             return LocalBytes(self.local)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a tensor was found to be, and by what it is told that it still is."""
+
+    reference: weakref.ref[torch.Tensor]
+    address: int
+    replicated_over: Mesh | None
+    mesh: Mesh | None
+    region: Region | None
+    fact: TensorFact
+    device_mesh: Any
+    placements: Any
+
+    def still_holds(self, tensor: torch.Tensor, local: torch.Tensor, replicated_over: Mesh | None) -> bool:
+        """Whether the same tensor lies at the same place, in the same shape, dtype and layout."""
+        return (
+            self.reference() is tensor
+            and local.data_ptr() == self.address
+            and local.is_contiguous()
+            and tensor.shape == self.fact.shape
+            and dtype_name(local.dtype, "") == self.fact.dtype
+            and self.replicated_over is replicated_over
+            and getattr(tensor, "device_mesh", None) is self.device_mesh
+            and getattr(tensor, "placements", None) is self.placements
+        )
+
+
+Known = dict[tuple[str, str], _Known]
+"""What earlier collections found, by (part, key): a tensor that did not change is not looked at again."""
+
+
 @dataclass
 class Collected:
     """Everything of one rank.
@@ -80,6 +112,7 @@ class Collected:
         problems: for a load, what does not fit on this rank.
         missing: for a load, what this rank has beside its tensors and the checkpoint lacks.
         unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
+        known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
     """
 
@@ -94,6 +127,7 @@ class Collected:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
@@ -116,16 +150,40 @@ class Collected:
         *,
         is_stable: bool = True,
     ) -> None:
-        place = f"{part}: {fqn}" + (f" [{state}]" if state is not None else "")
-        layout = describe(tensor, mesh, place, self.rank)
-        index = None if layout.mesh is None else self._meshes.setdefault(layout.mesh, len(self._meshes))
-        if (part, key) in self._names:
-            text = f"{place}: another tensor of this rank is called {key!r} in {part} too"
+        name = (part, key)
+        if name in self._names:
+            text = f"{_place(part, fqn, state)}: another tensor of this rank is called {key!r} in {part} too"
             raise UsageError(text)
-        self._facts.append(TensorFact(part, fqn, state, key, layout.dtype, layout.shape, index, layout.placements))
-        self._names.add((part, key))
-        if layout.region is not None:
-            self.held[part, key] = Held(tensor, layout.region, is_stable, layout.local)
+        known, local = self.known.get(name), local_tensor(tensor)
+        if known is None or not known.still_holds(tensor, local, mesh):
+            known = self._look(part, fqn, state, key, tensor, mesh)
+        index = None if known.mesh is None else self._meshes.setdefault(known.mesh, len(self._meshes))
+        fact = known.fact
+        if (fact.fqn, fact.state, fact.mesh) != (fqn, state, index):
+            fact = replace(fact, fqn=fqn, state=state, mesh=index)
+        self._facts.append(fact)
+        self._names.add(name)
+        if known.region is not None:
+            self.held[name] = Held(tensor, known.region, is_stable, local)
+
+    def _look(
+        self, part: str, fqn: str, state: str | None, key: str, tensor: torch.Tensor, replicated_over: Mesh | None
+    ) -> _Known:
+        """Look at a tensor, and remember what it is."""
+        layout = describe(tensor, replicated_over, _place(part, fqn, state), self.rank)
+        index = None if layout.mesh is None else self._meshes.setdefault(layout.mesh, len(self._meshes))
+        fact = TensorFact(part, fqn, state, key, layout.dtype, layout.shape, index, layout.placements)
+        known = self.known[part, key] = _Known(
+            weakref.ref(tensor),
+            layout.local.data_ptr(),
+            replicated_over,
+            layout.mesh,
+            layout.region,
+            fact,
+            getattr(tensor, "device_mesh", None),
+            getattr(tensor, "placements", None),
+        )
+        return known
 
     def add_model(self, named: NamedModule, part: str, adapters: str, stem: str = "model") -> None:
         """Add a model's parameters and persistent buffers.
@@ -208,23 +266,31 @@ class Collected:
             self._add(part, tensor.fqn, tensor.state, f"{tensor.fqn}.{tensor.state}", tensor.tensor, tensor.mesh)
 
 
-def collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator: bool) -> Collected:
+def _place(part: str, fqn: str, state: str | None) -> str:
+    return f"{part}: {fqn}" + (f" [{state}]" if state is not None else "")
+
+
+def collect_roles(
+    roles: Mapping[str, TrainState], rank: int, *, is_coordinator: bool, known: Known | None = None
+) -> Collected:
     """Collect what a save of roles writes, without random state.
 
     Args:
         roles: role -> state; the single role `""` has no directory of its own.
         rank: this rank.
         is_coordinator: whether to make the documents that the coordinator alone writes.
+        known: what earlier collections found; added to.
 
     Raises:
         UsageError: something in a state cannot be saved.
     """
     with torch.no_grad():
-        return _collect_roles(roles, rank, is_coordinator=is_coordinator)
+        collected = Collected(rank, known={} if known is None else known)
+        return _collect_roles(collected, roles, is_coordinator=is_coordinator)
 
 
-def _collect_roles(roles: Mapping[str, TrainState], rank: int, *, is_coordinator: bool) -> Collected:
-    collected = Collected(rank)
+def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_coordinator: bool) -> Collected:
+    rank = collected.rank
     for role, state in roles.items():
         modeling, adapters = join(role, "modeling"), join(role, "adapter")
         named = name_tensors(state.model)

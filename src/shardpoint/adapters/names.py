@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,6 +69,12 @@ def _compiled_original(module: nn.Module) -> nn.Module | None:
     return None
 
 
+@lru_cache(maxsize=64)
+def _flat_mesh(ranks: tuple[int, ...]) -> Mesh:
+    """Return the mesh of a group; one object for each group, so that meshes need not be compared rank by rank."""
+    return Mesh((len(ranks),), ranks)
+
+
 def unwrapped(module: nn.Module) -> tuple[nn.Module, Mesh | None]:
     """Return a module without the wrappers at its top, and the ranks that a DDP among them keeps alike.
 
@@ -80,8 +87,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Mesh | None]:
             text = "FullyShardedDataParallel (FSDP1) hides its parameters' names and layout: use fully_shard (FSDP2)"
             raise UsageError(text)
         if isinstance(module, DistributedDataParallel):
-            ranks = tuple(dist.get_process_group_ranks(module.process_group))
-            mesh = Mesh((len(ranks),), ranks)
+            mesh = _flat_mesh(tuple(dist.get_process_group_ranks(module.process_group)))
             module = module.module
         elif (original := _compiled_original(module)) is not None:
             module = original

@@ -178,8 +178,9 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, sharing its memory."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    part: torch.Tensor = tensor.to_local()  # cheap where no gradients are recorded
-    return part.detach() if torch.is_grad_enabled() else part
+    with torch.no_grad():  # then it is the part itself, and no operation is recorded
+        part: torch.Tensor = tensor.to_local()
+    return part.detach() if part.requires_grad else part
 
 
 def flat_bytes(local: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def read_tensors(
         stored = source.manifest.tensors[stored_index]
         runs = wanted_runs(entry, item.region)
         wanted.append(Wanted(stored.file, stored.byte_offset, runs, shares.get(index, (0, 0))))
-        destinations.append(make.of(item.tensor))
+        destinations.append(make.of(item.local))
         entries.append(index)
         totals.append(stored.num_bytes)
     plan = plan_reads(wanted, piece_bytes=piece_bytes)

@@ -13,6 +13,7 @@ from shardpoint.adapters.collect import (
     EXTRA_STATE_NAME,
     GROUPS_NAME,
     Collected,
+    Known,
     collect_roles,
     join,
     match_extra_states,
@@ -85,7 +86,12 @@ def checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def training_request(
-    roles: Mapping[str, TrainState], comm: Comm, run: RunState, *, metrics: Mapping[str, float] | None = None
+    roles: Mapping[str, TrainState],
+    comm: Comm,
+    run: RunState,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    known: Known | None = None,
 ) -> SaveRequest:
     """Describe the save of a whole training state.
 
@@ -94,13 +100,14 @@ def training_request(
         comm: the ranks.
         run: the position.
         metrics: what the trainer passes along.
+        known: what earlier saves found of each tensor; added to.
 
     Raises:
         UsageError: a metric is no number.
     """
 
     def collect() -> Collected:
-        collected = collect_roles(roles, comm.rank, is_coordinator=comm.is_coordinator)
+        collected = collect_roles(roles, comm.rank, is_coordinator=comm.is_coordinator, known=known)
         # The random state is read last, so that nothing in the walk above draws from it afterwards.
         collected.rank_documents[rank_document(RNG_DIRECTORY, comm.rank)] = encode_document(read_rng())
         return collected
