@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from shardpoint.engine.writing import stage_chunk
 from shardpoint.errors import SaveCancelledError, StorageError, TornSnapshotError, UsageError
 from shardpoint.events import Event
 from shardpoint.storage import LocalStore
+from shardpoint.storage.writer import LocalWriter
 from shardpoint.testing import Fault, FaultyStore
 from tests.training import on_disk, optimizer_state, same_bits, weights
 
@@ -379,3 +381,23 @@ def test_old_ones_are_pruned_and_a_step_is_replaced_behind_the_training(tmp_path
         assert checkpointer.resume(other) == RunState(0, 3, 24)  # waits for what is under way
         assert same_bits(everything(other), expected)
     assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-0_step-2", "epoch-0_step-3"]
+
+
+def test_who_writes_gives_way_to_who_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    seen: set[int] = set()
+    real = LocalWriter.write_at
+
+    def write_at(self: LocalWriter, data: Any, byte_offset: int) -> None:
+        if threading.current_thread().name.startswith("shardpoint-write"):
+            seen.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        real(self, data, byte_offset)
+
+    monkeypatch.setattr(LocalWriter, "write_at", write_at)
+    state = made()
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        pending = checkpointer.save(state, epoch=0, step=1, batch_size=8)
+        assert pending is not None
+        pending.result(WAIT_S)
+        assert seen == {before + 10}
+        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -13,11 +13,12 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from torch.optim import Optimizer
@@ -38,6 +39,8 @@ from shardpoint.engine.writing import StagedChunk, stage_chunk
 from shardpoint.errors import SaveCancelledError, UsageError
 from shardpoint.events import Event, Listener
 from shardpoint.storage import BufferPool, Store
+
+_NICENESS = 10
 
 
 @dataclass
@@ -291,6 +294,7 @@ class BackgroundSaver:
     # The writing thread.
 
     def _run_writer(self) -> None:
+        _step_back()
         while (job := self._to_write.get()) is not None:
             assert job.agreed is not None  # noqa: S101 - the stager agreed with its peers
             try:
@@ -337,6 +341,16 @@ class BackgroundSaver:
         if isinstance(outcome, BaseException) and self._write_comm.is_coordinator:
             text = f"the save of {job.pending.name} to {self._store.location} failed: {outcome}"
             self._listener(Event("save_failed", text, job.pending.name, logging.ERROR))
+
+
+def _step_back() -> None:
+    """Have this thread, and those that it starts, give way to the trainer's: a save may take longer, a step should not.
+
+    The staging thread does not: a step may wait for it.
+    """
+    with suppress(OSError):
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS)
 
 
 @contextmanager
