@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,20 @@ class Calls:
         self.limit = 2**30
         self.refuse: int | None = None
         self._direct_descriptors: set[int] = set()
+        self._thread = threading.get_ident()
         self._pwrite, self._open = os.pwrite, os.open
         monkeypatch.setattr(os, "pwrite", self.pwrite)
         monkeypatch.setattr(os, "open", self.open)
 
     def open(self, path: Any, flags: int, *args: Any, **how: Any) -> int:
         descriptor = self._open(path, flags, *args, **how)
-        if flags & os.O_DIRECT:
-            self._direct_descriptors.add(descriptor)
+        if threading.get_ident() == self._thread:  # other tests' heartbeats write too
+            (self._direct_descriptors.add if flags & os.O_DIRECT else self._direct_descriptors.discard)(descriptor)
         return descriptor
 
     def pwrite(self, descriptor: int, data: Any, offset: int) -> int:
+        if threading.get_ident() != self._thread:
+            return self._pwrite(descriptor, data, offset)
         is_direct = descriptor in self._direct_descriptors
         if is_direct and self.refuse is not None:
             raise OSError(self.refuse, os.strerror(self.refuse))
