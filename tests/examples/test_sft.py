@@ -65,7 +65,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_happened(uninterrupted: Path, tmp_path: Path) -> None:
     root = tmp_path / "killed"
     options = ("--plugin", "fsdp", "--steps", "6", "--save-every", "2")
-    result = run_sft(root, *options, "--kill", "rank=1,step=4", ranks=2)
+    result = run_sft(root, *options, "--kill", "rank=0,step=4", ranks=2)
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert list(losses_of(root)) == [1, 2, 3, 4]
