@@ -100,11 +100,6 @@ class BufferPool:
         """The memory that the pool holds now."""
         return self._num_buffers * self.buffer_bytes
 
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether somebody waits for a buffer."""
-        return self._num_waiting > 0
-
     def acquire(self, *, give_up: Callable[[], bool] = lambda: False, beyond_budget: bool = False) -> Buffer | None:
         """Return a buffer that nobody else uses, once there is one.
 
