@@ -389,8 +389,6 @@ class Checkpointer:
 
         Raises:
             CheckpointError: the last save failed in the background, and nobody asked for its result.
-
-        Raises:
             CorruptionError: an optimizer state that was to come in behind is damaged, and nobody was told yet. The root
                 is given up all the same; so with any other error of that kind.
 
@@ -454,9 +452,11 @@ class Checkpointer:
 
         result: LoadResult
         if lazy_optimizer:
-            result, self._arrival = load_weights_first(self._comm, own_comm, open_source, prepare, self._cache)
+            result, self._arrival = load_weights_first(
+                self._comm, own_comm, open_source, prepare, self._cache, pool=self._pool
+            )
         else:
-            result = load(self._comm, open_source, prepare, self._cache)
+            result = load(self._comm, open_source, prepare, self._cache, pool=self._pool)
         assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
         text = (
             f"resumed {name} of {self._store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"

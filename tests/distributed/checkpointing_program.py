@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import random
 import sys
@@ -674,6 +676,47 @@ def check_replicas_ask_the_device_for_each_byte_once(out: Path) -> None:
     assert same_bits(weights(state.model), expected)
     if RANK == 0:
         (out / "device_bytes.json").write_text(json.dumps({"read": sum(found), "stored": num_bytes}))
+
+
+def check_what_one_rank_holds_is_read_past_the_page_cache(out: Path) -> None:
+    model = nn.Sequential(*[nn.Linear(1024, 2048, bias=False) for _ in range(8)])  # 64 MiB
+    model, *_ = Booster(plugin=TorchFSDPPlugin()).boost(model)
+    state = TrainState(model=model)
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(state, epoch=0, step=1, batch_size=4)
+        expected = weights(state.model)
+        files = sorted((out / "epoch-0_step-1" / "modeling").glob("*.safetensors"))
+        num_pages = []
+        for cold in (True, False):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            dist.barrier()
+            for path in files if RANK == 0 else []:
+                with path.open("rb") as file:
+                    file.read()
+                    if cold:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            dist.barrier()
+            before = device_bytes()
+            checkpointer.resume(state)
+            found: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(found, device_bytes() - before)
+            num_pages.append([sum(found), sum(cached_pages(path) for path in files)])
+            assert same_bits(weights(state.model), expected)
+    if RANK == 0:
+        stored = sum(path.stat().st_size for path in files)
+        (out / "pages.json").write_text(json.dumps({"cold": num_pages[0], "warm": num_pages[1], "stored": stored}))
+
+
+def cached_pages(path: Path) -> int:
+    """Return how many of a file's pages are in the page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        vector = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view)), vector) == 0
+        del view
+        return sum(page & 1 for page in vector)
 
 
 def device_bytes() -> int:

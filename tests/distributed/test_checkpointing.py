@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import time
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def test_replicas_ask_the_device_for_each_byte_once(launched: tuple[Path, list[d
     if told["read"] < told["stored"] // 2:
         pytest.skip(f"the filesystem of {launched[0]} does not drop its cache, or does not count its reads: {told}")
     assert told["read"] <= 1.1 * told["stored"]
+
+
+def test_what_one_rank_holds_is_read_past_the_page_cache(launched: tuple[Path, list[dict[str, str]]]) -> None:
+    path = launched[0] / "what_one_rank_holds_is_read_past_the_page_cache" / "pages.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    read_bytes, num_cached = told["cold"]
+    if read_bytes < told["stored"] // 2:
+        pytest.skip(f"the filesystem of {launched[0]} does not drop its cache, or does not count its reads: {told}")
+    assert read_bytes <= 1.1 * told["stored"]
+    assert num_cached * mmap.PAGESIZE < 0.1 * told["stored"], "nothing was left in the page cache"
+    assert told["warm"][0] < 0.1 * told["stored"], "a warm load asks the device for nothing"
 
 
 @pytest.mark.crash

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from shardpoint.checksum import Partial, crc64
 from shardpoint.dtypes import itemsize_bytes, stored_form
-from shardpoint.planning import MergedTable, PartNaming, Wanted, owned_items, plan_files, plan_reads, wanted_runs
+from shardpoint.planning import (
+    MergedTable,
+    PartNaming,
+    Wanted,
+    is_held_alone,
+    owned_items,
+    plan_files,
+    plan_reads,
+    wanted_runs,
+)
 from shardpoint.planning.ownership import held_region
 from tests.property.drawn import elements, worlds
 
@@ -65,3 +74,20 @@ def test_a_rank_reads_its_part_of_every_tensor(table: MergedTable, piece_bytes: 
         whole = contents[place.file][place.byte_offset : place.byte_offset + place.num_bytes]
         assert total.covers(entry.num_bytes), "the ranks together count each byte once"
         assert total.whole_crc(entry.num_bytes) == crc64(whole.tobytes())
+
+
+@given(worlds())
+def test_held_alone_means_that_no_other_rank_holds_a_byte_of_it(table: MergedTable) -> None:
+    for entry in table.entries:
+        held = [
+            set()
+            if (region := held_region(entry, rank)) is None
+            else set(elements(region, entry.shape).ravel().tolist())
+            for rank in range(table.world_size)
+        ]
+        for rank in range(table.world_size):
+            others = set().union(*(held[other] for other in range(table.world_size) if other != rank))
+            if is_held_alone(entry, rank):
+                assert not held[rank] & others
+            elif len(entry.holdings) == 1 and held[rank]:
+                assert held[rank] & others

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from shardpoint.adapters.destinations import Destination, InPlace
 from shardpoint.checksum import Partial, crc64
@@ -13,10 +17,11 @@ from shardpoint.engine.source import Source
 from shardpoint.errors import NotFoundError, TruncatedError
 from shardpoint.manifest import FileEntry
 from shardpoint.planning import Read, ReadPlan
-from shardpoint.planning.reads import MAX_GAP_BYTES
-from shardpoint.storage import Reader
+from shardpoint.planning.reads import MAX_GAP_BYTES, PIECE_BYTES
+from shardpoint.storage import Buffer, BufferPool, Reader
 
 MAX_THREADS = 4
+_MIN_UNCACHED_BYTES = 2**18
 
 
 def check_size(source: Source, entry: FileEntry, size_bytes: int) -> None:
@@ -82,6 +87,38 @@ class Readers:
                 self._open.popitem()[1].close()
 
 
+class _Scratch:
+    """One thread's memory for reads past the page cache: from the pool where that has some to spare, or its own."""
+
+    def __init__(self, pool: BufferPool | None) -> None:
+        self._pool = pool
+        self._buffer: Buffer | None = None
+        self._is_lent = False
+
+    def read(self, reader: Reader, read: Read) -> npt.NDArray[np.uint8] | None:
+        """Read past the page cache, if that has not got the bytes."""
+        room = read.num_bytes + 2 * mmap.PAGESIZE
+        if self._buffer is None or len(self._buffer.array) < room:
+            self.close()
+            if self._pool is not None and self._pool.buffer_bytes >= room:
+                self._buffer = self._pool.acquire(give_up=lambda: True)
+            self._is_lent = self._buffer is not None
+            if self._buffer is None:
+                self._buffer = Buffer(max(room, PIECE_BYTES + 2 * mmap.PAGESIZE))
+        view = reader.read_uncached(self._buffer.array.data, read.byte_offset, read.num_bytes)
+        return None if view is None else np.frombuffer(view, dtype=np.uint8)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return
+        if self._is_lent and self._pool is not None:
+            self._pool.release(buffer)
+        else:
+            buffer.close()
+
+
 class _Filling:
     """One plan being carried out by several threads."""
 
@@ -92,8 +129,10 @@ class _Filling:
         destinations: Sequence[Destination],
         progress: Callable[[int], None],
         before_each: Callable[[], None],
+        pool: BufferPool | None,
     ) -> None:
         self._plan = plan
+        self._pool = pool
         self._destinations = destinations
         # What is in place is sliced without a call: there may be a segment for each of 100,000 rows.
         self._memory = [item.memory if isinstance(item, InPlace) else None for item in destinations]
@@ -126,7 +165,7 @@ class _Filling:
             raise self._failed[min(self._failed)]
 
     def _work(self) -> None:
-        scrap = memoryview(bytearray(MAX_GAP_BYTES))
+        scrap, scratch = memoryview(bytearray(MAX_GAP_BYTES)), _Scratch(self._pool)
         index = -1
         try:
             # `next` of a range's iterator is one step under the interpreter's lock: each index goes to one thread.
@@ -134,11 +173,13 @@ class _Filling:
                 if self._failed:
                     return
                 self._before_each()
-                self._read(self._plan.reads[index], scrap)
+                self._read(self._plan.reads[index], scrap, scratch)
         except Exception as error:  # noqa: BLE001 - raised again by `run`, in the caller's thread
             self._failed[index] = error
+        finally:
+            scratch.close()
 
-    def _read(self, read: Read, scrap: memoryview) -> None:
+    def _read(self, read: Read, scrap: memoryview, scratch: _Scratch) -> None:
         plan, memory = self._plan, self._memory
         span = slice(read.first, read.stop)
         tensors, starts, lengths = plan.tensors[span], plan.local_offsets[span], plan.num_bytes[span]
@@ -152,15 +193,7 @@ class _Filling:
                 fresh = self._fresh[tensor]
                 if fresh is not None:
                     fresh.prepare(start, start + length)
-        targets = views
-        if read.vectors != len(views):
-            targets, end = [], read.byte_offset
-            for view, offset, length in zip(views, plan.file_offsets[span], lengths, strict=True):
-                if offset != end:
-                    targets.append(scrap[: offset - end])
-                targets.append(view)
-                end = offset + length
-        self._readers.take(read.file).read_vectors(targets, read.byte_offset)
+        self._receive(read, views, scrap, scratch)
         self.crcs[span] = [
             crc64(view) if counted else 0 for view, counted in zip(views, plan.counted[span], strict=True)
         ]
@@ -170,6 +203,28 @@ class _Filling:
         self._readers.give_back(read.file)
         self._progress(read.num_bytes)
 
+    def _receive(self, read: Read, views: Sequence[memoryview], scrap: memoryview, scratch: _Scratch) -> None:
+        """Fill the memory of a read's segments."""
+        span = slice(read.first, read.stop)
+        offsets, lengths = self._plan.file_offsets[span], self._plan.num_bytes[span]
+        reader = self._readers.take(read.file)
+        past = scratch.read(reader, read) if read.is_alone and read.num_bytes >= _MIN_UNCACHED_BYTES else None
+        if past is not None:
+            for view, offset, length in zip(views, offsets, lengths, strict=True):
+                start = offset - read.byte_offset
+                # Not by slices of memoryviews: those hold the interpreter's lock while they copy.
+                np.copyto(np.frombuffer(view, dtype=np.uint8), past[start : start + length])
+            return
+        targets = views
+        if read.vectors != len(views):
+            targets, end = [], read.byte_offset
+            for view, offset, length in zip(views, offsets, lengths, strict=True):
+                if offset != end:
+                    targets.append(scrap[: offset - end])
+                targets.append(view)
+                end = offset + length
+        reader.read_vectors(targets, read.byte_offset)
+
 
 def fill(
     readers: Readers,
@@ -178,6 +233,7 @@ def fill(
     totals: Sequence[int],
     progress: Callable[[int], None],
     before_each: Callable[[], None] = lambda: None,
+    pool: BufferPool | None = None,
 ) -> list[Partial]:
     """Read what a plan says.
 
@@ -188,6 +244,7 @@ def fill(
         totals: bytes of each whole tensor.
         progress: told of each read's bytes, from any thread.
         before_each: called before each read, from any thread; what it raises ends the work.
+        pool: lends memory for reads past the page cache.
 
     Returns:
         For each wanted tensor, the partial checksum of what was counted.
@@ -198,11 +255,14 @@ def fill(
         StorageError: a read failed.
 
     Memory:
-        Nothing beside the destinations, but for tensors that are filled through a copy: that of at most as many such
+        A buffer of `PIECE_BYTES` for each of at most `MAX_THREADS` threads, where bytes are read past the page cache
+        and the pool has none to spare; and for tensors that are filled through a copy, that of at most as many such
         tensors at once as there are threads, and those beside them.
     """
-    filling = _Filling(readers, plan, destinations, progress, before_each)
-    filling.run(max(1, min(MAX_THREADS, len(plan.reads), len(os.sched_getaffinity(0)))))
+    filling = _Filling(readers, plan, destinations, progress, before_each, pool)
+    # Reads past the page cache keep a device busy, not a core.
+    most = MAX_THREADS if any(read.is_alone for read in plan.reads) else len(os.sched_getaffinity(0))
+    filling.run(max(1, min(MAX_THREADS, len(plan.reads), most)))
     partials = [Partial() for _ in totals]
     rows = zip(plan.tensors, filling.crcs, plan.tensor_offsets, plan.num_bytes, plan.counted, strict=True)
     for tensor, crc, offset, length, counted in rows:

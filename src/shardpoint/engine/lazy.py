@@ -21,6 +21,7 @@ from shardpoint.engine.results import LoadResult
 from shardpoint.engine.source import Source
 from shardpoint.engine.structure import StructureCache
 from shardpoint.errors import CheckpointError, DistributedError, revive, to_fields
+from shardpoint.storage import BufferPool
 
 # The trainer has the interpreter's lock most of the time: a thread gets it about every 5 ms, so its calls are large.
 PIECE_BYTES = 16 * 2**20
@@ -154,6 +155,7 @@ def load_weights_first(
     open_source: Callable[[], Source],
     prepare: Callable[[Source], Target],
     cache: StructureCache,
+    pool: BufferPool | None = None,
 ) -> tuple[LoadResult, Arrival]:
     """Load everything but what a target allows to come in behind, and start to bring that.
 
@@ -163,6 +165,7 @@ def load_weights_first(
         open_source: opens the checkpoint, on every rank; all must find the same one.
         prepare: makes the target for a checkpoint; must not change anything.
         cache: this process's, kept between loads.
+        pool: lends memory for reads past the page cache, until this returns.
 
     Returns:
         The evidence of what is in place, and what is still coming.
@@ -175,7 +178,7 @@ def load_weights_first(
     """
     began = time.monotonic()
     fitting = fit_target(comm, open_source, prepare, cache)
-    filled = fill_target(comm, fitting, fitting.target.parts - fitting.target.behind)
+    filled = fill_target(comm, fitting, fitting.target.parts - fitting.target.behind, pool=pool)
     install(comm, fitting.target.install)
     result = result_of(fitting, filled, time.monotonic() - began)
     return result, Arrival(own_comm(), fitting)

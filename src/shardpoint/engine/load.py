@@ -31,6 +31,7 @@ from shardpoint.engine.structure import (
 )
 from shardpoint.errors import CheckpointError, ChecksumError, DistributedError, NotFoundError
 from shardpoint.planning import PIECE_BYTES, Match, MergedTable, encode_table, match_target
+from shardpoint.storage import BufferPool
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def load(
     cache: StructureCache,
     *,
     strict: bool = True,
+    pool: BufferPool | None = None,
 ) -> LoadResult:
     """Load into live objects.
 
@@ -126,6 +128,7 @@ def load(
         prepare: makes the target for a checkpoint; must not change anything.
         cache: this process's, kept between loads.
         strict: whether missing and unexpected names are errors.
+        pool: lends memory for reads past the page cache.
 
     Returns:
         The evidence of this rank.
@@ -144,7 +147,7 @@ def load(
     """
     began = time.monotonic()
     fitting = fit_target(comm, open_source, prepare, cache, strict=strict)
-    filled = fill_target(comm, fitting, fitting.target.parts)
+    filled = fill_target(comm, fitting, fitting.target.parts, pool=pool)
     install(comm, fitting.target.install)
     return result_of(fitting, filled, time.monotonic() - began)
 
@@ -233,6 +236,7 @@ def fill_target(
     topic: str = "load: read",
     piece_bytes: int = PIECE_BYTES,
     before_each: Callable[[], None] = lambda: None,
+    pool: BufferPool | None = None,
 ) -> Filled:
     """Read the tensors of some parts into the target, and verify them.
 
@@ -243,6 +247,7 @@ def fill_target(
         topic: of the round.
         piece_bytes: the largest read.
         before_each: called before each read, from any thread; what it raises ends the work.
+        pool: lends memory for reads past the page cache.
 
     Raises:
         CorruptionError: bytes disagree, on every rank; `target_modified` is True.
@@ -270,6 +275,7 @@ def fill_target(
                 parts=parts,
                 piece_bytes=piece_bytes,
                 before_each=before_each,
+                pool=pool,
             )
         except CheckpointError as error:
             raise with_modified_target(error) from error.__cause__

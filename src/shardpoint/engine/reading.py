@@ -16,7 +16,17 @@ from shardpoint.checksum import Partial
 from shardpoint.engine.filling import Readers, check_size, fill
 from shardpoint.engine.source import Source
 from shardpoint.errors import NotFoundError
-from shardpoint.planning import PIECE_BYTES, Match, MergedTable, Wanted, owned_items, plan_reads, wanted_runs
+from shardpoint.planning import (
+    PIECE_BYTES,
+    Match,
+    MergedTable,
+    Wanted,
+    is_held_alone,
+    owned_items,
+    plan_reads,
+    wanted_runs,
+)
+from shardpoint.storage import BufferPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ def read_tensors(
     parts: Collection[str] | None = None,
     piece_bytes: int = PIECE_BYTES,
     before_each: Callable[[], None] = lambda: None,
+    pool: BufferPool | None = None,
 ) -> Filled:
     """Fill this rank's tensors.
 
@@ -80,6 +91,7 @@ def read_tensors(
         parts: fill the tensors of these only; None fills all.
         piece_bytes: the largest read.
         before_each: called before each read, from any thread; what it raises ends the work.
+        pool: lends memory for reads past the page cache.
 
     Raises:
         TruncatedError: a file is missing or short.
@@ -92,20 +104,25 @@ def read_tensors(
     wanted: list[Wanted] = []
     destinations: list[Destination] = []
     totals: list[int] = []
+    alone: dict[int, bool] = {}
     for index, entry in enumerate(target.entries):
         stored_index, item = match.stored[index], held.get((entry.part, entry.key))
         if stored_index is None or item is None or (parts is not None and entry.part not in parts):
             continue
         stored = source.manifest.tensors[stored_index]
         runs = wanted_runs(entry, item.region)
-        wanted.append(Wanted(stored.file, stored.byte_offset, runs, shares.get(index, (0, 0))))
+        # Tensors that are held alike share one object of holdings.
+        is_alone = alone.get(id(entry.holdings))
+        if is_alone is None:
+            is_alone = alone[id(entry.holdings)] = is_held_alone(entry, rank)
+        wanted.append(Wanted(stored.file, stored.byte_offset, runs, shares.get(index, (0, 0)), is_alone))
         destinations.append(make.of(item.local))
         entries.append(index)
         totals.append(stored.num_bytes)
     plan = plan_reads(wanted, piece_bytes=piece_bytes)
     readers = Readers(source, plan.reads)
     try:
-        partials = fill(readers, plan, destinations, totals, progress, before_each)
+        partials = fill(readers, plan, destinations, totals, progress, before_each, pool)
     finally:
         readers.close()
     counted = [(entry, partial) for entry, partial in zip(entries, partials, strict=True) if entry in shares]

@@ -15,7 +15,7 @@ from shardpoint.planning.facts import (
 )
 from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedFile, index_document, plan_files
 from shardpoint.planning.matching import Match, match_target
-from shardpoint.planning.ownership import WriteItem, held_runs, owned_items
+from shardpoint.planning.ownership import WriteItem, held_runs, is_held_alone, owned_items
 from shardpoint.planning.reads import PIECE_BYTES, Read, ReadPlan, Wanted, plan_reads, wanted_runs
 from shardpoint.planning.small import (
     RUN_FIELDS,
@@ -53,6 +53,7 @@ __all__ = [
     "gathered_entries",
     "held_runs",
     "index_document",
+    "is_held_alone",
     "match_target",
     "merge_optimizer_documents",
     "merge_tables",

@@ -61,6 +61,17 @@ def held_region(entry: Entry, rank: int) -> Region | None:
     return None
 
 
+def is_held_alone(entry: Entry, rank: int) -> bool:
+    """Tell whether no other rank holds any byte of what a rank holds of a tensor."""
+    if len(entry.holdings) != 1:
+        return False
+    (holding,) = entry.holdings
+    if holding.mesh is None:
+        return holding.ranks == (rank,)
+    coordinate = holding.mesh.coordinate(rank)
+    return coordinate is not None and replica_ranks(holding.mesh, holding.placements, coordinate) == (rank,)
+
+
 def _share(entry: Entry, rank: int) -> tuple[Region, tuple[int, ...]] | None:
     """Return the part that a rank's group writes and the group's members, or None when the rank writes none of it.
 

@@ -37,12 +37,14 @@ class Wanted:
         runs: what is wanted, within the tensor and within the rank's memory of it; or one run as a triple (offset in
             the tensor, offset in memory, bytes).
         counted: first and last + 1 byte, in the rank's memory, of what it counts towards the tensor's checksum.
+        is_alone: whether no other rank wants any of these bytes.
     """
 
     file: int
     byte_offset: int
     runs: Runs | tuple[int, int, int]
     counted: tuple[int, int]
+    is_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Read:
         first: its first segment.
         stop: the segment after its last.
         vectors: pieces of memory that it goes to, gaps included.
+        is_alone: whether no other rank wants any of it: then there is no use in leaving it in the page cache.
     """
 
     file: int
@@ -64,6 +67,7 @@ class Read:
     first: int
     stop: int
     vectors: int
+    is_alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,8 @@ def plan_reads(wanted: Sequence[Wanted], *, piece_bytes: int = PIECE_BYTES) -> R
         return ReadPlan((), [], [], [], [], [], [])
     table = _cut(table, piece_bytes)
     table = table[:, np.lexsort((table[_FILE_OFFSET], table[_FILE]))]
-    reads = _own_first(_joined(table, piece_bytes), table)
+    is_alone = np.array([item.is_alone for item in wanted])[table[_TENSOR]]
+    reads = _own_first(_joined(table, piece_bytes, is_alone), table)
     tensors, _, file_offsets, tensor_offsets, local_offsets, num_bytes, counted = (column.tolist() for column in table)
     return ReadPlan(
         tuple(reads), tensors, file_offsets, tensor_offsets, local_offsets, num_bytes, [flag != 0 for flag in counted]
@@ -186,7 +191,7 @@ def _cut(table: IntArray, piece_bytes: int) -> IntArray:
     return cut
 
 
-def _joined(table: IntArray, piece_bytes: int) -> list[Read]:
+def _joined(table: IntArray, piece_bytes: int, is_alone: npt.NDArray[np.bool_]) -> list[Read]:
     """Join neighbours into reads of at most `piece_bytes` and `MAX_VECTORS`, gaps included."""
     starts, stops = table[_FILE_OFFSET], table[_FILE_OFFSET] + table[_NUM_BYTES]
     gaps = starts[1:] - stops[:-1]
@@ -194,6 +199,7 @@ def _joined(table: IntArray, piece_bytes: int) -> list[Read]:
     edges = [0, *(np.flatnonzero(apart) + 1).tolist(), table.shape[1]]
     # The vectors up to and with each segment: one for itself, and one for a gap in front of it.
     vectors = np.cumsum(1 + np.concatenate([np.zeros(1, np.int64), (gaps > 0) & ~apart])).tolist()
+    shared = np.cumsum(~is_alone).tolist()
     files, begins, ends = table[_FILE].tolist(), starts.tolist(), stops.tolist()
     reads: list[Read] = []
     for low, high in pairwise(edges):
@@ -204,7 +210,9 @@ def _joined(table: IntArray, piece_bytes: int) -> list[Read]:
             by_vectors = bisect_right(vectors, before + MAX_VECTORS, first, high)
             stop = max(first + 1, min(by_bytes, by_vectors))
             length = ends[stop - 1] - begins[first]
-            reads.append(Read(files[first], begins[first], length, first, stop, vectors[stop - 1] - before))
+            is_shared = shared[stop - 1] > (shared[first - 1] if first else 0)
+            num_vectors = vectors[stop - 1] - before
+            reads.append(Read(files[first], begins[first], length, first, stop, num_vectors, not is_shared))
             first = stop
     return reads
 

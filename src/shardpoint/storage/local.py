@@ -7,72 +7,15 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from shardpoint.errors import (
-    NotFoundError,
-    TruncatedError,
-    UsageError,
-)
+from shardpoint.errors import NotFoundError, UsageError
 from shardpoint.storage import syscalls
 from shardpoint.storage.mounts import hosts_share_files
 from shardpoint.storage.protocol import DirectoryEntry, SharedFiles, SyncPoint
+from shardpoint.storage.reader import LocalReader
 from shardpoint.storage.writer import LocalWriter, sync_descriptor, translated
-
-_MAX_VECTORS = 1024  # IOV_MAX on Linux
-
-
-class LocalReader:
-    """One file open for reading at offsets."""
-
-    def __init__(self, path: str, key: str, location: str) -> None:
-        self._key = key
-        self._location = location
-        with translated("open for reading", key, location):
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._size_bytes = os.fstat(self._descriptor).st_size
-
-    @property
-    def size_bytes(self) -> int:
-        """The size when it was opened."""
-        return self._size_bytes
-
-    def read_into(self, target: memoryview, byte_offset: int) -> None:
-        """Fill all of `target`, going on after a short read."""
-        self.read_vectors([target], byte_offset)
-
-    def read_vectors(self, targets: Sequence[memoryview], byte_offset: int) -> None:
-        """Fill all targets in turn, by as few preadv calls as there can be, going on after a short read."""
-        views = [view if view.format == "B" and view.ndim == 1 else view.cast("B") for view in targets]
-        first = 0
-        with translated("preadv", self._key, self._location):
-            while first < len(views):
-                batch = views[first : first + _MAX_VECTORS]
-                missing = sum(map(len, batch))
-                got = os.preadv(self._descriptor, batch, byte_offset) if missing else 0
-                byte_offset += got
-                if got == missing:
-                    first += len(batch)
-                    continue
-                if got == 0:
-                    missing += sum(map(len, views[first + len(batch) :]))
-                    text = f"{self._key} in {self._location} ends at byte {byte_offset}, {missing} bytes early"
-                    raise TruncatedError(
-                        text, key=self._key, expected=str(byte_offset + missing), actual=str(byte_offset)
-                    )
-                while got >= len(views[first]):
-                    got -= len(views[first])
-                    first += 1
-                views[first] = views[first][got:]
-
-    def close(self) -> None:
-        """Close."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
 
 _held_locks: set[tuple[int, int, int]] = set()
 _held_locks_mutex = threading.Lock()
@@ -101,7 +44,8 @@ class LocalStore:
         root: the directory; it need not exist yet.
         shared_files: whether several writers may write one file at once; None finds out: on NFS, SMB and FUSE only
             those of one host may. False assigns each file to one rank, which costs time and gives the same bytes.
-        direct_io: whether tensor files are written past the page cache (`O_DIRECT`) where the filesystem allows it.
+        direct_io: whether tensor files are written, and read where they are not cached, past the page cache
+            (`O_DIRECT`) where the filesystem allows it.
 
     Raises:
         UsageError: `root` is a file.
@@ -199,7 +143,7 @@ class LocalStore:
 
     def open_reader(self, key: str) -> LocalReader:
         """Open a file for reading only."""
-        return LocalReader(self.local_path(key), key, self._root)
+        return LocalReader(self.local_path(key), key, self._root, direct=self._direct_io)
 
     def read_bytes(self, key: str) -> bytes:
         """Return a whole file."""

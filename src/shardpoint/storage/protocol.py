@@ -97,6 +97,23 @@ class Reader(Protocol):
         """
         ...
 
+    def read_uncached(self, scratch: memoryview, byte_offset: int, num_bytes: int) -> memoryview | None:
+        """Read a range past the page cache, where that holds less than half of it.
+
+        Args:
+            scratch: page-aligned private memory, two pages larger than the range, that no forked process shares.
+            byte_offset: where the range begins.
+            num_bytes: its length.
+
+        Returns:
+            The range, within `scratch`; None where the page cache has it, where the store cannot, and where the file is
+            shorter: `read_vectors` is what to call then.
+
+        Raises:
+            StorageError: the device reports an error.
+        """
+        ...
+
     def close(self) -> None:
         """Close."""
         ...

@@ -12,6 +12,8 @@ import errno
 import os
 import struct
 
+import numpy as np
+
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
@@ -129,6 +131,26 @@ def is_fresh(address: int, num_bytes: int) -> bool:
     resident = ctypes.create_string_buffer(1)
     middle = (address + num_bytes // 2) // _PAGE_BYTES * _PAGE_BYTES
     return call(middle, _PAGE_BYTES, resident) == 0 and not resident.raw[0] & 1
+
+
+def resident_pages(address: int, num_bytes: int) -> int | None:
+    """Count the pages of a mapping that are in memory, without fetching any.
+
+    Args:
+        address: of a page.
+        num_bytes: how far, from there.
+
+    Returns:
+        The number; of a file of another user's, which the kernel does not tell, all. None where the system cannot say.
+    """
+    call = getattr(_libc, "mincore", None)
+    if call is None:
+        return None
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    resident = ctypes.create_string_buffer(-(-num_bytes // _PAGE_BYTES))
+    if call(address, num_bytes, resident) != 0:
+        return None
+    return int((np.frombuffer(resident.raw, dtype=np.uint8) & 1).sum())
 
 
 def populate(address: int, num_bytes: int) -> bool:

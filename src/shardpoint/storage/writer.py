@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4096
 REFUSED_NOTE = "the filesystem refuses O_DIRECT: files were written through the page cache"
 
-_REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 _NOT_FOUND = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 _EXISTS = frozenset({errno.EEXIST, errno.ENOTEMPTY})
 _ADVICE = {
@@ -152,7 +152,7 @@ class LocalWriter:
                 try:
                     self._direct_descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
                 except OSError as error:
-                    if error.errno not in _REFUSALS:
+                    if error.errno not in REFUSALS:
                         raise
                     self._note = REFUSED_NOTE
                 else:
@@ -167,7 +167,7 @@ class LocalWriter:
             try:
                 written = os.pwrite(self._direct_descriptor, view, byte_offset)
             except OSError as error:
-                if error.errno not in _REFUSALS:
+                if error.errno not in REFUSALS:
                     raise
                 self._note = REFUSED_NOTE
                 return False

@@ -218,5 +218,9 @@ class _FaultyReader:
         self._before("read", self._key)
         self._inner.read_vectors(targets, byte_offset)
 
+    def read_uncached(self, scratch: memoryview, byte_offset: int, num_bytes: int) -> memoryview | None:
+        self._before("read", self._key)
+        return self._inner.read_uncached(scratch, byte_offset, num_bytes)
+
     def close(self) -> None:
         self._inner.close()

@@ -91,6 +91,12 @@ def test_nothing_to_read() -> None:
     assert plan_reads([]).reads == ()
 
 
+def test_a_read_is_alone_where_all_that_it_fills_is() -> None:
+    items = [(0, True), (1, True), (2, False), (6, True)]
+    plan = plan_reads([Wanted(0, 100 * KIB * place, (0, 0, 100 * KIB), (0, 0), is_alone) for place, is_alone in items])
+    assert [(read.num_bytes, read.is_alone) for read in plan.reads] == [(300 * KIB, False), (100 * KIB, True)]
+
+
 def entry(shape: tuple[int, ...], dtype: str = "F32") -> Entry:
     return Entry("modeling", "w", None, "w", dtype, shape, ())
 
