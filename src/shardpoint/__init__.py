@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UnsupportedFormatError,
         UsageError,
     )
+    from shardpoint.loading import load
     from shardpoint.policies import Every, Latest
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ __all__ = [
     "UnsupportedFormatError",
     "UsageError",
     "__version__",
+    "load",
     "load_checkpoint",
     "load_json",
     "open_checkpoint",
@@ -95,6 +97,7 @@ _HOMES = {
     "SaveResult": "shardpoint.engine",
     "TensorInfo": "shardpoint.engine",
     "TrainState": "shardpoint.adapters.state",
+    "load": "shardpoint.loading",
     "load_checkpoint": "shardpoint.ckpt_io",
     "load_json": "shardpoint.ckpt_io",
     "open_checkpoint": "shardpoint.engine",

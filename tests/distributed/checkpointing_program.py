@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import mmap
 import os
@@ -717,6 +718,57 @@ def cached_pages(path: Path) -> int:
         assert ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(view)), vector) == 0
         del view
         return sum(page & 1 for page in vector)
+
+
+def check_frozen_roles_are_linked_on_all_ranks(out: Path) -> None:
+    for plugin in (TorchFSDPPlugin(), TorchDDPPlugin()):
+        actor, reference = net(1), net(2)
+        # DDP refuses a module without gradients, so a frozen one stays plain there.
+        boosted, *_ = Booster(plugin=plugin).boost(actor)
+        if isinstance(plugin, TorchFSDPPlugin):
+            reference, *_ = Booster(plugin=plugin).boost(reference)
+        rewards = {"rewards": torch.full((3,), float(RANK))}
+        roles = {
+            "actor": TrainState(model=boosted, extras={"buffer": rewards}),
+            "reference": TrainState(model=reference, frozen=True),
+        }
+        root = out / type(plugin).__name__
+        path = "reference/modeling/model-00001-of-00001.safetensors"
+        inodes = []
+        with Checkpointer(root, async_save=isinstance(plugin, TorchDDPPlugin)) as checkpointer:
+            for number in range(1, 4):
+                pending = checkpointer.save(roles, epoch=0, step=number, batch_size=4)
+                assert pending is not None
+                assert bool(pending.result().linked_bytes) == (number > 1)
+                inodes.append((root / f"epoch-0_step-{number}" / path).stat().st_ino)
+                assert same_bits(weights(reference), on_disk(root / f"epoch-0_step-{number}/reference/modeling"))
+            assert len(set(inodes)) == 1
+            rewards["rewards"].zero_()
+            checkpointer.resume(roles)
+            assert rewards["rewards"].tolist() == [float(RANK)] * 3
+            dist.barrier()
+        # One rank calls it frozen, the other does not: nobody waits for anybody.
+        roles["reference"].frozen = RANK == 0
+        with Checkpointer(root) as checkpointer:
+            save = functools.partial(checkpointer.save, roles, epoch=0, step=9, batch_size=4)
+            assert "frozen" in str(raises(UsageError, save))
+
+
+def check_ranks_that_hold_frozen_bytes_of_their_own_are_told(out: Path) -> None:
+    reference = net(2)
+    boosted, *_ = Booster(plugin=TorchFSDPPlugin()).boost(reference)
+    told: list[Event] = []
+    with Checkpointer(out, listener=told.append) as checkpointer:
+        state = {"reference": TrainState(model=boosted, frozen=True)}
+        checkpointer.save(state, epoch=0, step=1, batch_size=4)
+        if RANK == 1:
+            with torch.no_grad():
+                local = boosted.head.weight.to_local() if boosted.head.weight.to_local().numel() else None
+                (local if local is not None else boosted.embed.weight.to_local()).add_(1.0)
+        checkpointer.save(state, epoch=0, step=2, batch_size=4)
+    if RANK == 0:
+        assert [event.kind for event in told if event.kind == "frozen_changed"] == ["frozen_changed"]
+    assert same_bits(weights(boosted), on_disk(out / "epoch-0_step-2/reference/modeling"))
 
 
 def device_bytes() -> int:

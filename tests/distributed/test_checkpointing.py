@@ -74,7 +74,7 @@ def test_a_sampler_whose_position_depends_on_the_rank(launched: tuple[Path, list
     with Checkpointer(root / "own") as checkpointer, pytest.raises(MismatchError) as caught:
         checkpointer.resume(TrainState(model=model, sampler=own))
     assert own.loaded is None
-    assert "saved by 2 ranks whose sampler states differ" in caught.value.mismatched[0]
+    assert "saved by 2 ranks whose states differ" in caught.value.mismatched[0]
     with Checkpointer(root / "shared") as checkpointer:
         checkpointer.resume(TrainState(model=model, sampler=own))
     assert own.loaded is not None

@@ -114,6 +114,7 @@ class Collected:
         unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
         known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
+        frozen: for a save, the parts of which nothing is expected to change.
     """
 
     rank: int
@@ -129,6 +130,7 @@ class Collected:
     unexpected: list[str] = field(default_factory=list)
     known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
@@ -307,6 +309,14 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
         if state.sampler is not None:
             values = plain_values(state.sampler.state_dict(), f"{join(role, 'sampler')} state")
             collected.rank_documents[rank_document(join(role, "data"), rank)] = encode_document(values)
+        for extra, value in state.extras.items():
+            directory = join(role, "extras", extra)
+            values = plain_values(value if isinstance(value, dict) else value.state_dict(), directory)
+            collected.rank_documents[rank_document(directory, rank)] = encode_document(values)
+        if state.frozen:
+            collected.frozen |= {
+                part for part in collected.naming if part == modeling or part.startswith(f"{adapters}/")
+            }
     return collected
 
 

@@ -145,6 +145,8 @@ def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tu
     now: list[tuple[Name, Held, torch.Tensor]] = []
     later: list[tuple[Name, torch.Tensor]] = []
     for name, held in collected.held.items():
+        if name[0] in collected.frozen:  # read from the live tensors when its turn comes
+            continue
         local = held.local
         num_bytes = local.numel() * local.element_size()
         is_plain = local.is_contiguous() and not local.is_conj() and not local.is_neg()

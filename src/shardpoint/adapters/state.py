@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,11 @@ class TrainState:
         sampler: anything with `state_dict` and `load_state_dict`; saved per rank.
         tokenizer: anything with `save_pretrained`; its files go beside the weights. Without it, the tokenizer files of
             the directory that the model was loaded from are copied, if there are any.
+        frozen: the model never changes (a reference or reward model). A save takes its checksums, and where they are
+            those of the checkpoint before, links that one's files instead of writing them again. One that did change is
+            written, and the listener is told.
+        extras: name -> anything else of this role with `state_dict` and `load_state_dict`, or a plain dict, that a
+            resume must bring back (an experience buffer, a KL coefficient); saved per rank, as a sampler is.
     """
 
     model: nn.Module
@@ -30,6 +35,8 @@ class TrainState:
     lr_scheduler: Any = None
     sampler: Any = None
     tokenizer: Any = None
+    frozen: bool = False
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 Roles = Mapping[str, TrainState]
@@ -39,22 +46,47 @@ def as_roles(state: TrainState | Roles) -> dict[str, TrainState]:
     """Return a state as roles: a single one is the role `""`.
 
     Raises:
-        UsageError: no role, or a role's name that is not a plain directory name.
+        UsageError: no role; a role's name, or that of an extra, that is not a plain directory name; or a frozen role
+            with something that changes.
     """
     if isinstance(state, TrainState):
+        _check_role("", state)
         return {"": state}
     if not state:
         text = "the state has no role: give a TrainState, or a dict of them by role"
         raise UsageError(text)
-    reserved = {"modeling", "optimizer", "adapter", "rng", "data"}
+    reserved = {"modeling", "optimizer", "adapter", "rng", "data", "extras"}
     for name, value in state.items():
         if not isinstance(value, TrainState):
             text = f"role {name!r} is a {type(value).__name__}, not a TrainState"
             raise UsageError(text)
-        if not name.replace("-", "").replace("_", "").isalnum() or name in reserved:
+        if not _is_plain(name) or name in reserved:
             text = f"{name!r} cannot be a role: use letters, digits, - and _, and none of {sorted(reserved)}"
             raise UsageError(text)
+        _check_role(name, value)
     return dict(state)
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
+
+
+def _check_role(name: str, state: TrainState) -> None:
+    what = f"role {name!r}" if name else "the state"
+    moving = [part for part in ("optimizer", "lr_scheduler") if getattr(state, part) is not None]
+    if state.frozen and moving:
+        text = f"{what} is frozen and has {' and '.join(moving)}: leave them out, or do not call it frozen"
+        raise UsageError(text)
+    for extra, value in state.extras.items():
+        if not _is_plain(extra):
+            text = f"{what} has an extra called {extra!r}: use letters, digits, - and _"
+            raise UsageError(text)
+        if not isinstance(value, dict) and not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+            text = (
+                f"{what}: the extra {extra!r} is a {type(value).__name__}: give a dict, or an object with state_dict "
+                "and load_state_dict"
+            )
+            raise UsageError(text)
 
 
 @dataclass(frozen=True, slots=True)

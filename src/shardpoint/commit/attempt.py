@@ -57,6 +57,7 @@ class Attempt:
         replaces: the id of the checkpoint that now has the name, or None.
         directories: every directory in it, relative to it, parents first.
         notes: what a person should know (space that could not be reserved).
+        linked: files that are an earlier checkpoint's, under one more name.
     """
 
     store: Store
@@ -67,6 +68,7 @@ class Attempt:
     replaces: str | None
     directories: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    linked: set[str] = field(default_factory=set)
 
     @property
     def key(self) -> str:
@@ -82,6 +84,7 @@ class Attempt:
         *,
         files: Mapping[str, FileLayout] | None = None,
         directories: Iterable[str] = (),
+        links: Mapping[str, str] | None = None,
         replace_file: bool = False,
     ) -> Attempt:
         """Make the attempt's directories and files.
@@ -92,6 +95,8 @@ class Attempt:
             name: the name to commit to, one path component.
             files: path relative to the attempt -> layout, for each tensor file; its header is written.
             directories: further directories, relative to the attempt.
+            links: path -> the committed file, relative to the root, that has the same bytes: it is linked, and where
+                that cannot be, the file is made like the others.
             replace_file: the attempt's only file is to be committed, over a file of that name if there is one.
 
         Raises:
@@ -118,7 +123,7 @@ class Attempt:
         replaces = present.manifest.checkpoint_id if present is not None and present.manifest is not None else None
         attempt = cls(store, owner, name, uuid.uuid4().hex, owner.take_sequence(), replaces)
         try:
-            attempt._make(files or {}, directories)
+            attempt._make(files or {}, directories, links or {})
         except BaseException as error:
             attempt.abandon(error)
             if isinstance(error, NotFoundError):
@@ -126,7 +131,7 @@ class Attempt:
             raise
         return attempt
 
-    def _make(self, files: Mapping[str, FileLayout], directories: Iterable[str]) -> None:
+    def _make(self, files: Mapping[str, FileLayout], directories: Iterable[str], links: Mapping[str, str]) -> None:
         wanted: set[str] = set()
         for path in [*directories, *(path.rpartition("/")[0] for path in files)]:
             while path:
@@ -137,6 +142,9 @@ class Attempt:
         for directory in self.directories:
             self.store.make_directory(f"{self.key}/{directory}")
         for path, layout in files.items():
+            if path in links and self._link(links[path], path):
+                self.linked.add(path)
+                continue
             note = self.store.create_file(f"{self.key}/{path}", layout.num_bytes)
             if note is not None and note not in self.notes:
                 self.notes.append(note)
@@ -145,6 +153,14 @@ class Attempt:
                 writer.write_at(layout.header, 0)
             finally:
                 writer.close()
+
+    def _link(self, source: str, path: str) -> bool:
+        """Give a committed file one more name here; return whether that was possible."""
+        try:
+            return self.store.link(source, f"{self.key}/{path}")
+        except NotFoundError:
+            # Race: pruned meanwhile, or this attempt is gone, which making the file finds.
+            return False
 
     def abandon(self, reason: BaseException) -> None:
         """Delete a failed attempt; where that fails too, say so on the error that is on its way up.

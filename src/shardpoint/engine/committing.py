@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -59,6 +59,7 @@ class Committed(msgspec.Struct, frozen=True):
     checkpoint_id: str
     sequence: int
     num_bytes: int
+    linked_bytes: int
     num_tensors: int
     notes: list[str]
 
@@ -77,9 +78,13 @@ def commit_votes(comm: Comm, request: SaveRequest, written: Written, coordinator
     if strangers:
         text = f"ranks voted on another attempt than {attempt.attempt_id}; the lowest of each: {strangers}"
         raise DistributedError(text)
-    crcs = _whole_crcs(merged, written)
+    linked = coordinator.linked
+    known = {
+        index: crc for index, crc in coordinator.frozen_crcs.items() if layout.tensors[index].file in coordinator.linked
+    }
+    crcs = _whole_crcs(merged, written, known)
     documents = coordinator.documents
-    files, tensors = _entries(merged, layout, crcs)
+    files, tensors = _entries(merged, layout, crcs, linked)
     files += [FileEntry(path, len(data), to_hex(crc64(data))) for path, data in documents.items()]
     files += [entry for _, entries in sorted(written.files.items()) for entry in entries]
     manifest = Manifest(
@@ -105,8 +110,9 @@ def commit_votes(comm: Comm, request: SaveRequest, written: Written, coordinator
     else:
         commit_or_unknown(attempt, lambda: publish(attempt, {}, manifest))
     total = sum(entry.size_bytes for entry in files)
+    linked_bytes = sum(entry.size_bytes for entry in files if entry.linked)
     notes = list(dict.fromkeys([*attempt.notes, *written.notes]))
-    return Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, len(tensors), notes)
+    return Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, linked_bytes, len(tensors), notes)
 
 
 def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:
@@ -127,23 +133,32 @@ def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:
         raise CommitUnknownError(text, attempt_id=attempt.attempt_id) from error
 
 
-def _whole_crcs(merged: MergedTable, written: Written) -> list[int]:
-    """Return the tensors' checksums; refuse a tensor of which a byte has no writer, or two."""
+def _whole_crcs(merged: MergedTable, written: Written, known: Mapping[int, int]) -> list[int]:
+    """Return the tensors' checksums; refuse a tensor of which a byte has no writer, or two.
+
+    Args:
+        merged: the table.
+        written: all votes.
+        known: entry -> checksum, for tensors that nobody was to write.
+    """
     whole = whole_tensors([written.partials], [entry.num_bytes for entry in merged.entries])
+    rows = enumerate(zip(merged.entries, whole.counted_bytes, whole.covered, strict=True))
     holes = [
-        f"{entry.label}: {counted_bytes} of {entry.num_bytes} bytes"
-        for entry, counted_bytes, covered in zip(merged.entries, whole.counted_bytes, whole.covered, strict=True)
-        if not covered
+        f"{entry.label}: {counted_bytes} of {0 if index in known else entry.num_bytes} bytes"
+        for index, (entry, counted_bytes, covered) in rows
+        if (counted_bytes if index in known else not covered)
     ]
     if holes:
         text = "the ranks together did not write every byte exactly once; nothing was committed:\n  " + "\n  ".join(
             holes
         )
         raise DistributedError(text)
-    return whole.crcs
+    return [known.get(index, crc) for index, crc in enumerate(whole.crcs)]
 
 
-def _entries(merged: MergedTable, layout: Layout, crcs: Sequence[int]) -> tuple[list[FileEntry], list[TensorEntry]]:
+def _entries(
+    merged: MergedTable, layout: Layout, crcs: Sequence[int], linked: Mapping[int, int]
+) -> tuple[list[FileEntry], list[TensorEntry]]:
     tensors = [
         TensorEntry(
             entry.part,
@@ -164,7 +179,7 @@ def _entries(merged: MergedTable, layout: Layout, crcs: Sequence[int]) -> tuple[
     for tensor in tensors:
         file_crcs[tensor.file] = combine(file_crcs[tensor.file], int(tensor.crc64nvme, 16), tensor.num_bytes)
     files = [
-        FileEntry(file.path, file.layout.num_bytes, to_hex(crc))
-        for file, crc in zip(layout.files, file_crcs, strict=True)
+        FileEntry(file.path, file.layout.num_bytes, to_hex(crc), linked.get(number, 0))
+        for number, (file, crc) in enumerate(zip(layout.files, file_crcs, strict=True))
     ]
     return files, tensors

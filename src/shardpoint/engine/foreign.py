@@ -163,6 +163,7 @@ def save_foreign(  # noqa: C901 - four rounds, each with its part of the work
         committed.sequence,
         committed.num_bytes,
         0,
+        0,
         time.monotonic() - began,
         ("written by another library: checksums are per file",),
     )

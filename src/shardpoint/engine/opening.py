@@ -15,6 +15,7 @@ from shardpoint.adapters.state import RunState
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, RootOwner, acquire_root
 from shardpoint.engine.ballots import agree
+from shardpoint.engine.linking import find_linkable
 from shardpoint.engine.plans import SavePlan
 from shardpoint.engine.structure import (
     StructureBallot,
@@ -84,6 +85,7 @@ class _Opened(msgspec.Struct, frozen=True):
     layout: bytes
     gathers_small: bool
     one_writer: bool
+    linked: list[int]
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class OpenSave:
         layout: digest of the coordinator's layout.
         gathers_small: whether the coordinator gathers small tensors, in a round of its own.
         one_writer: whether each file has one writer.
+        linked: files that are an earlier checkpoint's and that nobody writes, by index.
     """
 
     key: str
@@ -139,6 +142,7 @@ class OpenSave:
     layout: bytes
     gathers_small: bool
     one_writer: bool
+    linked: frozenset[int] = frozenset()
 
     def check(self, agreed: AgreedSave, rank: int) -> None:
         """Compare what this rank planned with what the coordinator did; in a round.
@@ -171,6 +175,8 @@ class CoordinatorState:
         merged: the table of all ranks.
         layout: where everything lies.
         documents: path -> contents, for the files that no rank wrote.
+        frozen_crcs: entry -> checksum, of the tensors of frozen parts as they are now.
+        linked: file -> how many checkpoints in a row have had it.
     """
 
     owner: RootOwner | None = None
@@ -178,6 +184,8 @@ class CoordinatorState:
     merged: MergedTable | None = None
     layout: Layout | None = None
     documents: dict[str, bytes] = field(default_factory=dict)
+    frozen_crcs: dict[int, int] = field(default_factory=dict)
+    linked: dict[int, int] = field(default_factory=dict)
 
 
 def agree_on_structure(comm: Comm, request: SaveRequest, cache: StructureCache, buffer_bytes: int) -> AgreedSave:
@@ -229,7 +237,8 @@ def _planned(
     """Return what this rank does, or an error. Order: never raised between rounds; the others would wait for us."""
     try:
         merged = settle(cache, structure, own.table, tables, None, comm.world_size)
-        plan = cache.plans.plan(merged, _naming(own, merged), request.max_file_bytes, comm.rank, buffer_bytes)
+        naming, frozen = _naming(own, merged), frozenset(own.frozen)
+        plan = cache.plans.plan(merged, naming, request.max_file_bytes, comm.rank, buffer_bytes, frozen)
     except Exception as error:  # noqa: BLE001 - see above
         return error
     return merged, plan
@@ -275,7 +284,13 @@ def open_save(
         _Opened,
     )
     return OpenSave(
-        opened.key, opened.attempt_id, opened.merged, opened.layout, opened.gathers_small, opened.one_writer
+        opened.key,
+        opened.attempt_id,
+        opened.merged,
+        opened.layout,
+        opened.gathers_small,
+        opened.one_writer,
+        frozenset(opened.linked),
     )
 
 
@@ -293,7 +308,8 @@ def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
     }
     position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
     # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
-    return f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}"
+    frozen = f", frozen {sorted(collected.frozen)}" if collected.frozen else ""
+    return f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}{frozen}"
 
 
 def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> StructureVerdict:
@@ -323,6 +339,9 @@ def _open(
             coordinator.documents[join(part, naming.index_name)] = index_document(layout, part)
     if coordinator.owner is None:
         coordinator.owner = acquire_root(store, listener=listener)
+    found = find_linkable(
+        store, merged, layout, agreed.plan.frozen_files, coordinator.frozen_crcs, request.name, listener
+    )
     directories = {path.rpartition("/")[0] for path in (*coordinator.documents, *own.rank_documents)} - {""}
     coordinator.attempt = Attempt.open(
         store,
@@ -330,14 +349,23 @@ def _open(
         request.name,
         files={file.path: file.layout for file in layout.files},
         directories=directories,
+        links={layout.files[number].path: source.key for number, source in found.items()},
         replace_file=request.as_file,
     )
+    made = coordinator.attempt.linked
+    coordinator.linked = {n: source.linked for n, source in found.items() if layout.files[n].path in made}
     coordinator.merged, coordinator.layout = merged, layout
     sharing = store.shared_files
     one_writer = comm.world_size > 1 and (sharing == "never" or (sharing == "one_host" and not agreed.one_host))
     attempt = coordinator.attempt
     return _Opened(
-        attempt.key, attempt.attempt_id, merged.digest, layout.digest, bool(agreed.plan.gathered), one_writer
+        attempt.key,
+        attempt.attempt_id,
+        merged.digest,
+        layout.digest,
+        bool(agreed.plan.gathered),
+        one_writer,
+        sorted(coordinator.linked),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,6 +46,8 @@ class SavePlan:
         items: what this rank owns.
         chunks: what this rank stages and writes, in order.
         small_chunks: on the coordinator, the gathered tensors, which it stages and writes once it has them.
+        frozen_chunks: what this rank owns of files of frozen parts; written where a file cannot be linked.
+        frozen_files: those files, by index.
         gathered: the small tensors whose parts go to the coordinator, by index.
         sent_runs: this rank's runs of them, as they travel.
         sent_local: (entry, offset in the shard, length) of each of these runs.
@@ -55,27 +57,44 @@ class SavePlan:
     items: tuple[WriteItem, ...]
     chunks: list[Chunk]
     small_chunks: list[Chunk]
+    frozen_chunks: list[Chunk]
+    frozen_files: tuple[int, ...]
     gathered: tuple[int, ...]
     sent_runs: RunTable
     sent_local: list[tuple[int, int, int]]
 
-    def all_chunks(self) -> list[Chunk]:
-        """Return what this rank writes, in the order of files; of one file the small tensors come last."""
-        return list(heapq.merge(self.chunks, self.small_chunks, key=lambda chunk: chunk.file))
+    def all_chunks(self, linked: Container[int] = ()) -> list[Chunk]:
+        """Return what this rank writes, in the order of files; of one file the small tensors come last.
+
+        Args:
+            linked: files that nobody writes.
+        """
+        frozen = self.unlinked_chunks(linked)
+        return list(heapq.merge(self.chunks, self.small_chunks, frozen, key=lambda chunk: chunk.file))
+
+    def unlinked_chunks(self, linked: Container[int]) -> list[Chunk]:
+        """Return what this rank writes of frozen parts."""
+        return [chunk for chunk in self.frozen_chunks if chunk.file not in linked]
 
 
-def make_plan(table: MergedTable, layout: Layout, rank: int, buffer_bytes: int) -> SavePlan:
+def make_plan(
+    table: MergedTable, layout: Layout, rank: int, buffer_bytes: int, frozen: frozenset[str] = frozenset()
+) -> SavePlan:
     """Plan one rank's part."""
     items = tuple(owned_items(table, rank))
-    gathered = gathered_entries(table)
+    gathered = tuple(index for index in gathered_entries(table) if table.entries[index].part not in frozen)
     written, sent = split_items(items, gathered)
+    still = [item for item in written if table.entries[item.entry].part in frozen]
+    moving = [item for item in written if table.entries[item.entry].part not in frozen]
     small = whole_items(table, gathered) if rank == 0 else []
     runs, local = tabulate_runs(table, sent)
     return SavePlan(
         layout,
         items,
-        plan_chunks(table, layout, written, buffer_bytes),
+        plan_chunks(table, layout, moving, buffer_bytes),
         plan_chunks(table, layout, small, buffer_bytes),
+        plan_chunks(table, layout, still, buffer_bytes),
+        tuple(number for number, file in enumerate(layout.files) if file.part in frozen),
         gathered,
         runs,
         local,
@@ -107,6 +126,7 @@ class PlanCache:
         max_file_bytes: int,
         rank: int,
         buffer_bytes: int = BUFFER_BYTES,
+        frozen: frozenset[str] = frozenset(),
     ) -> SavePlan:
         """Return what a rank does in a save of a structure.
 
@@ -116,13 +136,14 @@ class PlanCache:
             max_file_bytes: the largest file.
             rank: whose plan.
             buffer_bytes: the size of a staging buffer, a multiple of 4096.
+            frozen: the parts of which nothing is expected to change.
 
         Raises:
             UsageError: as `plan_files` says.
         """
         layout = self.layout(merged, naming, max_file_bytes)
-        key = (merged.digest, _naming_key(naming), max_file_bytes, rank, buffer_bytes)
-        return self._recall(self._plans, key, lambda: make_plan(merged, layout, rank, buffer_bytes))
+        key = (merged.digest, _naming_key(naming), max_file_bytes, rank, buffer_bytes, frozen)
+        return self._recall(self._plans, key, lambda: make_plan(merged, layout, rank, buffer_bytes, frozen))
 
     def _recall(self, known: OrderedDict[Any, Made], key: Any, make: Callable[[], Made]) -> Made:
         with self._lock:

@@ -15,6 +15,7 @@ class SaveResult:
         checkpoint_id: 32 hex digits.
         sequence: the commit sequence number.
         num_bytes: bytes of all files but the manifest.
+        linked_bytes: those of files that were not written, but linked: an earlier checkpoint has the same.
         num_tensors: tensors stored.
         seconds: wall time of the save on this rank.
         notes: what a person should know (a filesystem that could not reserve space).
@@ -25,6 +26,7 @@ class SaveResult:
     checkpoint_id: str
     sequence: int
     num_bytes: int
+    linked_bytes: int
     num_tensors: int
     seconds: float
     notes: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """In which order a save happens: collect, agree on the structure, open the attempt, write, vote, commit.
 
-Three rounds, and one more each where a structure is new and where small tensors are gathered. Whatever goes wrong
-before the last is decided, on any rank, fails all ranks, and the previous checkpoint stands. A rank that voted in the
-last and heard no verdict does not know, and says so.
+Three rounds, and one more each where a structure is new, where something is frozen, and where small tensors are
+gathered. Whatever goes wrong before the last is decided, on any rank, fails all ranks, and the previous checkpoint
+stands. A rank that voted in the last and heard no verdict does not know, and says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner, write_documents
 from shardpoint.engine.ballots import agree
 from shardpoint.engine.committing import Committed, Written, commit_votes, merge_written
+from shardpoint.engine.frozen import checksum_frozen, stage_frozen
 from shardpoint.engine.gathering import ByteExchange, write_gathered
 from shardpoint.engine.opening import (
     AgreedSave,
@@ -77,7 +78,8 @@ def save(
         CommitUnknownError: this rank voted and heard no verdict.
 
     Collective:
-        All ranks: three rounds, and one more each where the structure is new and where small tensors are gathered.
+        All ranks: three rounds, and one more each where the structure is new, where something is frozen, and where
+        small tensors are gathered.
 
     Durability:
         On return the checkpoint is committed and survives power loss.
@@ -157,7 +159,8 @@ class SaveAttempt:
         return agree_on_structure(comm, self._request, self._cache, self._pool.buffer_bytes)
 
     def open(self, comm: Comm, agreed: AgreedSave) -> OpenSave:
-        """Open the attempt, and bring small tensors to the coordinator; raises as `open_save` and `gather_small`."""
+        """Open the attempt, and bring small tensors to the coordinator; raises as what it calls."""
+        checksum_frozen(comm, agreed, self._coordinator, self._pool)
         opened = open_save(self._store, comm, self._request, agreed, self._coordinator, self._listener)
         self._small = gather_small(comm, agreed, opened)
         return opened
@@ -197,6 +200,7 @@ class SaveAttempt:
             committed.checkpoint_id,
             committed.sequence,
             committed.num_bytes,
+            committed.linked_bytes,
             committed.num_tensors,
             time.monotonic() - self._began,
             tuple(committed.notes),
@@ -211,10 +215,11 @@ class SaveAttempt:
         store, plan, sums = self._store, agreed.plan, PieceSums()
         # Order: not from the budget. Every buffer of it may hold what waits to be written after this.
         small = stage_chunks(agreed.table, plan.small_chunks, self._small, self._pool, beyond_budget=True)
+        frozen = stage_frozen(agreed, opened, self._pool.buffer_bytes)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="shardpoint-documents") as beside,
             OpenFiles(store, opened.key, plan.layout) as files,
-            closing(in_file_order(staged, small)) as everything,
+            closing(in_file_order(in_file_order(staged, small), frozen)) as everything,
         ):
             documents = beside.submit(self._write_documents, agreed, opened)
             if opened.one_writer:
@@ -225,7 +230,9 @@ class SaveAttempt:
                     self._pool.buffer_bytes,
                     comm.progress,
                     chunks_of=[
-                        make_plan(agreed.table, plan.layout, rank, self._pool.buffer_bytes).all_chunks()
+                        make_plan(
+                            agreed.table, plan.layout, rank, self._pool.buffer_bytes, frozenset(agreed.own.frozen)
+                        ).all_chunks(opened.linked)
                         for rank in range(comm.world_size)
                     ],
                     num_files=len(plan.layout.files),

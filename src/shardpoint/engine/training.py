@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from shardpoint.adapters import lora
 from shardpoint.adapters.collect import (
@@ -182,7 +183,11 @@ def training_target(
             parts |= _add_weights(source, role, named, collected, installs)
         behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
         _add_scheduler(source, role, state, collected, installs, optional)
-        _add_sampler(source, role, state, collected, comm, installs, optional)
+        if state.sampler is not None:
+            installs += _per_rank(source, join(role, "data"), state.sampler, collected, comm)
+        elif _rank_documents(source, join(role, "data")):
+            optional.append(join(role, "data"))
+        installs += _extras(source, role, state, collected, comm, optional)
     if not partial:
         collected.unexpected += optional
     if random_state:
@@ -288,49 +293,64 @@ def _add_scheduler(
     installs.append(lambda: state.lr_scheduler.load_state_dict(values))
 
 
-def _add_sampler(
-    source: Source,
-    role: str,
-    state: TrainState,
-    collected: Collected,
-    comm: Comm,
-    installs: list[Callable[[], None]],
-    optional: list[str],
-) -> None:
-    directory = join(role, "data")
-    stored = [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
-    if state.sampler is None:
-        if stored:
-            optional.append(directory)
-        return
+def _rank_documents(source: Source, directory: str) -> list[str]:
+    return [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
+
+
+def _extras(
+    source: Source, role: str, state: TrainState, collected: Collected, comm: Comm, optional: list[str]
+) -> list[Callable[[], None]]:
+    top = join(role, "extras")
+    prefix = f"{top}/"
+    found = [entry.path.removeprefix(prefix) for entry in source.manifest.files if entry.path.startswith(prefix)]
+    stored = dict.fromkeys(path.partition("/")[0] for path in found)
+    optional += [join(top, name) for name in stored if name not in state.extras]
+    installs: list[Callable[[], None]] = []
+    for name, extra in state.extras.items():
+        installs += _per_rank(source, join(top, name), extra, collected, comm)
+    return installs
+
+
+def _per_rank(
+    source: Source, directory: str, target: Any, collected: Collected, comm: Comm
+) -> list[Callable[[], None]]:
+    """Return what gives an object back the state that this rank's had; note what does not fit."""
+    stored = _rank_documents(source, directory)
     if not stored:
         collected.missing.append(directory)
-        return
+        return []
     path = rank_document(directory, comm.rank)
     data = source.document(path)
     if data is None and source.manifest.world_size == comm.world_size:
-        collected.missing.append(f"{path} (rank {comm.rank} had no sampler)")
-        return
+        collected.missing.append(f"{path} (rank {comm.rank} had none)")
+        return []
     if data is None or source.manifest.world_size != comm.world_size:
         # Another number of ranks: only a state that does not depend on the rank can go on.
         contents = {source.document(other) for other in stored}
         if len(contents) != 1:
             text = (
-                f"{directory}: saved by {source.manifest.world_size} ranks whose sampler states differ, so that on "
-                f"{comm.world_size} ranks the position is undefined: use a sampler whose state is the same on all "
-                "ranks (shardpoint.data.StatefulDistributedSampler), or resume on as many ranks"
+                f"{directory}: saved by {source.manifest.world_size} ranks whose states differ, so that on "
+                f"{comm.world_size} ranks there is none to go on with: use an object whose state is the same on all "
+                "ranks (for a sampler shardpoint.data.StatefulDistributedSampler), or resume on as many ranks"
             )
             collected.problems.append(text)
-            return
+            return []
         data = contents.pop()
     assert data is not None  # noqa: S101 - listed files have contents
     values = live_values(decode_document(data, path))
-    if hasattr(state.sampler, "check_state_dict"):
+    if isinstance(target, dict):
+        return [functools.partial(_refill, target, values)]
+    if hasattr(target, "check_state_dict"):
         try:
-            state.sampler.check_state_dict(values)
+            target.check_state_dict(values)
         except UsageError as error:
             collected.problems.append(f"{directory}: {error}")
-    installs.append(lambda: state.sampler.load_state_dict(values))
+    return [lambda: target.load_state_dict(values)]
+
+
+def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
+    target.clear()
+    target.update(values)
 
 
 def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callable[[], None]]:

@@ -22,7 +22,7 @@ from shardpoint.manifest.codec import parse_strict_json
 
 MANIFEST_NAME = "shardpoint.json"
 FORMAT_NAME = "shardpoint"
-FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+FORMAT_MAJOR, FORMAT_MINOR = 1, 1
 
 _SEAL_KEY = '"manifest_crc64nvme": "'
 _SEAL = re.compile(rb'"manifest_crc64nvme": "([0-9a-f]{16})"\n\}\n\Z')
@@ -34,7 +34,7 @@ Digits = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{12}\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
 
 
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One file of the checkpoint.
 
     Attributes:
@@ -42,11 +42,14 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         size_bytes: its size.
         crc64nvme: CRC-64/NVME of all of it, 16 hex digits (of a safetensors file: of header and tensors in offset
             order).
+        linked: how many checkpoints before this one had the same file (the same inode); 0, which is left out, where it
+            was written for this one.
     """
 
     path: str
     size_bytes: Count
     crc64nvme: Hex16
+    linked: Count = 0
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

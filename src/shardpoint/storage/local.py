@@ -37,6 +37,9 @@ class LocalLock:
                 os.close(descriptor)
 
 
+_NO_LINKS = syscalls.UNSUPPORTED | {errno.EPERM, errno.EXDEV, errno.EMLINK}
+
+
 class LocalStore:
     """A directory on a POSIX filesystem.
 
@@ -136,6 +139,17 @@ class LocalStore:
             finally:
                 os.close(descriptor)
         return note
+
+    def link(self, source: str, target: str) -> bool:
+        """Give a file a second name, or return False where the filesystem cannot."""
+        with translated(f"link to {target}", source, self._root):
+            try:
+                os.link(self.local_path(source), self.local_path(target), follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _NO_LINKS:
+                    return False
+                raise
+        return True
 
     def open_writer(self, key: str) -> LocalWriter:
         """Open a file that is there."""

@@ -172,6 +172,25 @@ class Store(Protocol):
         """
         ...
 
+    def link(self, source: str, target: str) -> bool:
+        """Give a file a second name: both are the same bytes, and either may be deleted.
+
+        Args:
+            source: a file that nobody will write to any more.
+            target: a key that is free.
+
+        Returns:
+            False where the filesystem cannot (another device, no links, too many of them); nothing was made then.
+
+        Raises:
+            NotFoundError: there is no such file, or no directory for the target.
+            AlreadyExistsError: the target is there.
+
+        Durability:
+            The name is durable once its directory is fsynced; the bytes are as durable as they were.
+        """
+        ...
+
     def open_writer(self, key: str) -> Writer:
         """Open a file that is there, without creating or truncating it."""
         ...

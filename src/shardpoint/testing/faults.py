@@ -25,10 +25,10 @@ class Fault:
     """What goes wrong, and when.
 
     Attributes:
-        op: `"make_directory"`, `"create_file"`, `"open_writer"`, `"open_reader"`, `"write"`, `"read"`, `"sync"`,
-            `"close"`, `"write_document"`, `"sync_directory"`, `"sync_file"`, `"rename"`, `"exchange"`,
+        op: `"make_directory"`, `"create_file"`, `"link"`, `"open_writer"`, `"open_reader"`, `"write"`, `"read"`,
+            `"sync"`, `"close"`, `"write_document"`, `"sync_directory"`, `"sync_file"`, `"rename"`, `"exchange"`,
             `"replace_file"`, `"remove_tree"`, `"remove_directory"`, `"lock"`, or `"*"` for any of them.
-        path: a pattern (as `fnmatch`) of the key; of a rename's source.
+        path: a pattern (as `fnmatch`) of the key; of a rename's source, of a link's target.
         nth: which of the matching operations, from 1. It does not happen: the fault comes first.
         action: `"kill"` ends the process with SIGKILL; `"raise"` raises a `StorageError`; `"call"` runs `then` and
             goes on.
@@ -119,6 +119,11 @@ class FaultyStore:
         """As the inner store."""
         self._before("create_file", key)
         return self._inner.create_file(key, num_bytes)
+
+    def link(self, source: str, target: str) -> bool:
+        """As the inner store."""
+        self._before("link", target)
+        return self._inner.link(source, target)
 
     def open_writer(self, key: str) -> Writer:
         """As the inner store."""
