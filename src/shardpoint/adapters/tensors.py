@@ -178,8 +178,12 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor, sharing its memory."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    with torch.no_grad():  # then it is the part itself, and no operation is recorded
-        part: torch.Tensor = tensor.to_local()
+    # Without gradients it is the part itself, and nothing is recorded. Entering the mode costs as much as the rest.
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            part: torch.Tensor = tensor.to_local()
+    else:
+        part = tensor.to_local()
     return part.detach() if part.requires_grad else part
 
 

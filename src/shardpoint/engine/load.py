@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from shardpoint.adapters.collect import Collected
 from shardpoint.adapters.optimizer import unplaced_members
@@ -179,7 +180,8 @@ def fit_target(
 
     def collect() -> StructureBallot:
         nonlocal target
-        target = prepare(found)
+        with torch.no_grad():  # once: entering the mode for each tensor costs as much as looking at it
+            target = prepare(found)
         table = digest_of(encode_table(target.collected.table))
         return StructureBallot(table, cache.key_for(table), b"", "")
 

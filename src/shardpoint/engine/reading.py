@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from shardpoint.adapters.collect import Held
 from shardpoint.adapters.destinations import Destination, Destinations
 from shardpoint.checksum import Partial
@@ -66,6 +68,7 @@ def check_files(source: Source, parts: Collection[str]) -> None:
         check_size(source, entry, size_bytes)
 
 
+@torch.no_grad()
 def read_tensors(
     source: Source,
     target: MergedTable,
