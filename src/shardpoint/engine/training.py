@@ -25,6 +25,7 @@ from shardpoint.adapters.rng import derive_rng, read_rng, write_rng
 from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.adapters.tensors import live_values
 from shardpoint.comm import Comm
+from shardpoint.engine.feeding import check_fit, put_back, watch_samplers
 from shardpoint.engine.load import Target
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.source import Source
@@ -187,6 +188,8 @@ def training_target(
         collected.unexpected += optional
     if random_state:
         installs += _random_state(source, comm, listener)
+        if comm.is_coordinator:
+            installs += watch_samplers(roles, source.manifest.name, listener)
 
     options = [optimizer.install_options for optimizer in collected.optimizers]
     states = [optimizer.install_states for optimizer in collected.optimizers]
@@ -325,12 +328,11 @@ def _add_sampler(
         data = contents.pop()
     assert data is not None  # noqa: S101 - listed files have contents
     values = live_values(decode_document(data, path))
-    if hasattr(state.sampler, "check_state_dict"):
-        try:
-            state.sampler.check_state_dict(values)
-        except UsageError as error:
-            collected.problems.append(f"{directory}: {error}")
-    installs.append(lambda: state.sampler.load_state_dict(values))
+    try:
+        check_fit(state.sampler, values, source.manifest.world_size, comm.world_size)
+    except UsageError as error:
+        collected.problems.append(f"{directory}: {error}")
+    installs.append(lambda: put_back(state.sampler, values))
 
 
 def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callable[[], None]]:
