@@ -307,17 +307,35 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
             path = join(role, "lr_scheduler.json")
             collected.documents[path] = scheduler_document(state.lr_scheduler, path)
         if state.sampler is not None:
-            values = plain_values(state.sampler.state_dict(), f"{join(role, 'sampler')} state")
-            collected.rank_documents[rank_document(join(role, "data"), rank)] = encode_document(values)
+            path = rank_document(join(role, "data"), rank)
+            collected.rank_documents[path] = sampler_document(state.sampler, path)
         for extra, value in state.extras.items():
-            directory = join(role, "extras", extra)
-            values = plain_values(value if isinstance(value, dict) else value.state_dict(), directory)
-            collected.rank_documents[rank_document(directory, rank)] = encode_document(values)
+            path = rank_document(join(role, "extras", extra), rank)
+            if isinstance(value, dict):
+                collected.rank_documents[path] = encode_document(plain_values(value, path))
+            else:
+                collected.rank_documents[path] = sampler_document(value, path)
         if state.frozen:
-            collected.frozen |= {
-                part for part in collected.naming if part == modeling or part.startswith(f"{adapters}/")
-            }
+            parts = (part for part in collected.naming if part == modeling or part.startswith(f"{adapters}/"))
+            collected.frozen.update(parts)
     return collected
+
+
+def sampler_document(sampler: Any, path: str) -> bytes:
+    """Return a sampler's or loader's state as a document.
+
+    Raises:
+        UsageError: it has no `state_dict`, or its state cannot come back exactly; the value's place is named.
+    """
+    kind = type(sampler).__name__
+    if not callable(getattr(sampler, "state_dict", None)):
+        text = f"{path}: a {kind} has no state_dict: give the sampler that it reads from, or a StatefulDataLoader"
+        raise UsageError(text)
+    try:
+        return encode_document(plain_values(sampler.state_dict(), path))
+    except UsageError as error:
+        text = f"{path}: the state of the {kind} cannot be saved: {error}"
+        raise UsageError(text) from error
 
 
 def scheduler_document(lr_scheduler: Any, path: str) -> bytes:

@@ -20,7 +20,9 @@ class TrainState:
         model: plain, or wrapped by DDP, FSDP2, `torch.compile`, activation checkpointing or `peft`.
         optimizer: any `torch.optim.Optimizer` over parameters of `model`.
         lr_scheduler: anything with `state_dict` and `load_state_dict`.
-        sampler: anything with `state_dict` and `load_state_dict`; saved per rank.
+        sampler: `shardpoint.data.StatefulDistributedSampler`, torchdata's `StatefulDataLoader`, or anything with
+            `state_dict` and `load_state_dict`; saved per rank. What it returns holds plain Python values, tensors and
+            numpy arrays.
         tokenizer: anything with `save_pretrained`; its files go beside the weights. Without it, the tokenizer files of
             the directory that the model was loaded from are copied, if there are any.
         frozen: the model never changes (a reference or reward model). A save takes its checksums, and where they are

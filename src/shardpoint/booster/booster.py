@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from shardpoint import engine
 from shardpoint.adapters import c10d
 from shardpoint.booster import lora, plugins, precision, repoint
+from shardpoint.data import with_own_generator
 from shardpoint.errors import UsageError
 
 _MIB = 1024 * 1024
@@ -83,7 +85,8 @@ class Booster:
             model: the model; anything that replaces parameters (LoRA, resized embeddings) is done already.
             optimizer: made from the model's parameters.
             criterion: the loss; changed only by `mixed_precision`.
-            dataloader: returned as it is.
+            dataloader: returned; a torch `DataLoader` without a `generator` gets one of its own
+                (`shardpoint.data.with_own_generator`), so that opening it draws nothing that a resume has restored.
             lr_scheduler: returned as it is.
 
         Returns:
@@ -110,6 +113,8 @@ class Booster:
             criterion = None if criterion is None else precision.autocast_criterion(criterion, device_type)
         if optimizer is not None:
             self._models[optimizer] = weakref.ref(model)
+        if isinstance(dataloader, DataLoader):
+            with_own_generator(dataloader)
         return [model, optimizer, criterion, dataloader, lr_scheduler]
 
     def model_of(self, optimizer: Optimizer) -> nn.Module:

@@ -26,6 +26,7 @@ from shardpoint.adapters.rng import derive_rng, read_rng, write_rng
 from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.adapters.tensors import live_values
 from shardpoint.comm import Comm
+from shardpoint.engine.feeding import check_fit, put_back, watch_samplers
 from shardpoint.engine.load import Target
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.source import Source
@@ -183,15 +184,13 @@ def training_target(
             parts |= _add_weights(source, role, named, collected, installs)
         behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
         _add_scheduler(source, role, state, collected, installs, optional)
-        if state.sampler is not None:
-            installs += _per_rank(source, join(role, "data"), state.sampler, collected, comm)
-        elif _rank_documents(source, join(role, "data")):
-            optional.append(join(role, "data"))
-        installs += _extras(source, role, state, collected, comm, optional)
+        installs += _carried(source, role, state, collected, comm, optional)
     if not partial:
         collected.unexpected += optional
     if random_state:
         installs += _random_state(source, comm, listener)
+        if comm.is_coordinator:
+            installs += watch_samplers(roles, source.manifest.name, listener)
 
     options = [optimizer.install_options for optimizer in collected.optimizers]
     states = [optimizer.install_states for optimizer in collected.optimizers]
@@ -297,15 +296,20 @@ def _rank_documents(source: Source, directory: str) -> list[str]:
     return [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
 
 
-def _extras(
+def _carried(
     source: Source, role: str, state: TrainState, collected: Collected, comm: Comm, optional: list[str]
 ) -> list[Callable[[], None]]:
+    """Return what gives a role's sampler and extras back the states that this rank's had."""
+    installs: list[Callable[[], None]] = []
+    if state.sampler is not None:
+        installs += _per_rank(source, join(role, "data"), state.sampler, collected, comm)
+    elif _rank_documents(source, join(role, "data")):
+        optional.append(join(role, "data"))
     top = join(role, "extras")
     prefix = f"{top}/"
     found = [entry.path.removeprefix(prefix) for entry in source.manifest.files if entry.path.startswith(prefix)]
     stored = dict.fromkeys(path.partition("/")[0] for path in found)
     optional += [join(top, name) for name in stored if name not in state.extras]
-    installs: list[Callable[[], None]] = []
     for name, extra in state.extras.items():
         installs += _per_rank(source, join(top, name), extra, collected, comm)
     return installs
@@ -340,12 +344,11 @@ def _per_rank(
     values = live_values(decode_document(data, path))
     if isinstance(target, dict):
         return [functools.partial(_refill, target, values)]
-    if hasattr(target, "check_state_dict"):
-        try:
-            target.check_state_dict(values)
-        except UsageError as error:
-            collected.problems.append(f"{directory}: {error}")
-    return [lambda: target.load_state_dict(values)]
+    try:
+        check_fit(target, values, source.manifest.world_size, comm.world_size)
+    except UsageError as error:
+        collected.problems.append(f"{directory}: {error}")
+    return [lambda: put_back(target, values)]
 
 
 def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:

@@ -35,7 +35,7 @@ def ranks_of(num_samples: int, num_ranks: int, **options: Any) -> list[StatefulD
 
 
 @given(
-    num_samples=st.integers(0, 60),
+    num_samples=st.integers(1, 60),
     num_ranks=st.integers(1, 5),
     micro_batch_size=st.integers(1, 4),
     where=st.floats(0, 1),
@@ -45,13 +45,14 @@ def test_ranks_get_what_is_dealt_to_them(num_samples: int, num_ranks: int, micro
     expected = deal(list(range(start, num_samples)), micro_batch_size, num_ranks)
     samplers = ranks_of(num_samples, num_ranks, micro_batch_size=micro_batch_size, shuffle=False)
     for sampler, hand in zip(samplers, expected, strict=True):
+        sampler.set_epoch(0)
         sampler.set_start_index(start)
         assert len(sampler) == len(hand)
         assert list(sampler) == hand
 
 
 @given(
-    num_samples=st.integers(0, 60),
+    num_samples=st.integers(1, 60),
     steps=st.integers(0, 8),
     ranks_before=st.integers(1, 4),
     ranks_after=st.integers(1, 4),
@@ -73,11 +74,12 @@ def test_each_sample_is_seen_once_over_a_resume_on_other_ranks(
     (state,) = {tuple(sorted(sampler.state_dict().items())) for sampler in before}  # equal on every rank
     for sampler in ranks_of(num_samples, ranks_after, batch_size=batch_size):
         sampler.load_state_dict(dict(state))
+        sampler.set_epoch(epoch)
         seen += list(sampler)
     assert sorted(seen) == list(range(num_samples))
 
 
-@given(num_samples=st.integers(0, 60), num_ranks=st.sampled_from([1, 2, 3, 4, 6, 12]), steps=st.integers(0, 5))
+@given(num_samples=st.integers(12, 60), num_ranks=st.sampled_from([1, 2, 3, 4, 6, 12]), steps=st.integers(0, 5))
 def test_a_step_sees_the_same_samples_on_any_number_of_ranks(num_samples: int, num_ranks: int, steps: int) -> None:
     batch_size = 12
     (alone,) = ranks_of(num_samples, 1, seed=3)
@@ -86,6 +88,7 @@ def test_a_step_sees_the_same_samples_on_any_number_of_ranks(num_samples: int, n
     whole_batches = (num_samples - start) // batch_size
     shares = []
     for sampler in ranks_of(num_samples, num_ranks, seed=3, batch_size=batch_size, drop_last=True):
+        sampler.set_epoch(0)
         sampler.set_start_index(start)
         shares.append(list(sampler))
         assert len(shares[-1]) == len(sampler) == whole_batches * batch_size // num_ranks
@@ -152,6 +155,111 @@ def test_a_loaded_position_is_kept_by_the_loop_that_follows() -> None:
     assert (sampler.seed, sampler.epoch, list(sampler)) == (5, 2, [8, 9])
 
 
+def test_a_loaded_position_is_that_of_its_epoch() -> None:
+    end_of_epoch_2 = {"seed": 0, "epoch": 2, "start_index": 10, "num_samples": 10, "shuffle": False}
+    (sampler,) = ranks_of(10, 1, shuffle=False)
+    sampler.load_state_dict(end_of_epoch_2)
+    sampler.set_epoch(3)  # a loop that knows that epoch 2 was finished: it must not find epoch 3 finished too
+    assert list(sampler) == list(range(10))
+    sampler.load_state_dict(end_of_epoch_2)
+    for epoch, expected in ((2, []), (3, list(range(10)))):  # a loop that does not know it
+        sampler.set_epoch(epoch)
+        assert list(sampler) == expected
+    (sampler,) = ranks_of(10, 1, shuffle=False)
+    sampler.set_epoch(3)
+    sampler.set_start_index(4)
+    sampler.set_epoch(4)
+    assert list(sampler) == list(range(10))
+
+
+def test_training_on_nothing_is_refused() -> None:
+    (sampler,) = ranks_of(10, 1)
+    assert len(list(sampler)) == 10
+    sampler.set_start_index(10)
+    with pytest.raises(
+        UsageError, match=r"nothing is left .* epoch 0 has 10 samples .* start_index is 10; .* set_epoch\(1\)"
+    ):
+        next(iter(sampler))  # a loop without set_epoch
+    sampler.load_state_dict(sampler.state_dict())
+    loader = DataLoader(range(10), batch_size=4, sampler=sampler)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="nothing is left"):
+        list(loader)
+    sampler.set_epoch(1)
+    assert len(list(loader)) == 3
+    for num_samples, drop_last, why in (
+        (0, False, "0 samples is empty"),
+        (5, True, "fills no batch of 6 with drop_last"),
+    ):
+        (sampler,) = ranks_of(num_samples, 1, drop_last=drop_last, batch_size=6)
+        sampler.set_epoch(1)
+        with pytest.raises(UsageError, match=why):
+            list(sampler)
+        with pytest.raises(UsageError, match=why):
+            sampler.peek(1)
+        assert sampler.peek(0) == []
+
+
+@pytest.mark.parametrize("drop_last, left", [(True, 2), (False, 3)])
+def test_steps_that_were_planned_and_are_not_left_are_refused(*, drop_last: bool, left: int) -> None:
+    for sampler in ranks_of(21, 2, drop_last=drop_last, batch_size=4):
+        sampler.set_start_index(12)
+        for planned in range(left + 1):
+            sampler.expect(planned)
+        with pytest.raises(
+            UsageError, match=f"{left + 1} steps were planned and {left} are left: .* start_index is 12"
+        ):
+            sampler.expect(left + 1)
+        assert sampler.start_index == 12
+
+
+def test_with_drop_last_a_batch_begins_at_the_start_index() -> None:
+    (sampler,) = ranks_of(50, 1, drop_last=True, batch_size=8, shuffle=False)
+    sampler.set_start_index(16)
+    with pytest.raises(UsageError, match=r"begin at multiples of 8: give step .* whole job"):
+        sampler.set_start_index(20)
+    assert sampler.start_index == 16
+    sampler.set_start_index(20, other_batch_size=True)
+    assert list(sampler) == list(range(20, 44))
+    sampler.set_start_index(28)
+    for index in (24, 12):
+        with pytest.raises(UsageError, match="multiples of 8, from 20 on"):
+            sampler.set_start_index(index)
+    sampler.set_start_index(0)
+    sampler.set_start_index(8)
+    sampler.load_state_dict(sampler.state_dict() | {"start_index": 30})  # a state says where it was, in any batches
+    assert list(sampler) == list(range(30, 46))
+    sampler.set_start_index(38)
+    with pytest.raises(UsageError, match="from 30 on"):
+        sampler.set_start_index(40)
+    sampler.set_epoch(1)
+    sampler.set_start_index(40)
+    (sampler,) = ranks_of(50, 1, batch_size=8, shuffle=False)
+    sampler.set_start_index(45)  # without drop_last any sample can be the next
+    assert list(sampler) == list(range(45, 50))
+
+
+def test_an_iterator_goes_on_where_another_was() -> None:
+    samplers = ranks_of(40, 2, micro_batch_size=2, seed=1)
+    halves = [iter(sampler) for sampler in samplers]
+    seen = [next(half) for half in halves for _ in range(6)]
+    states = [half.state_dict() for half in halves]  # type: ignore[attr-defined]
+    assert states[0] == states[1]
+    for num_ranks, micro_batch_size in ((2, 2), (1, 4), (4, 1)):
+        rest: list[int] = []
+        for sampler in ranks_of(40, num_ranks, micro_batch_size=micro_batch_size):
+            iterator = iter(sampler)
+            iterator.load_state_dict(states[0])  # type: ignore[attr-defined]
+            rest += iterator
+        assert sorted(seen + rest) == list(range(40))
+    (sampler,) = ranks_of(40, 1, micro_batch_size=2)
+    with pytest.raises(UsageError, match="after 5 samples of each of 2 ranks, in the middle of a micro-batch of 2"):
+        sampler.check_iteration(states[0] | {"num_yielded": 5})
+    with pytest.raises(UsageError, match="iteration's state has the fields"):
+        sampler.check_iteration({"yielded": 5})
+    with pytest.raises(UsageError, match="num_replicas is 0"):
+        sampler.check_iteration(states[0] | {"num_replicas": 0})
+
+
 def test_defaults_are_one_process_without_torch_distributed() -> None:
     sampler = StatefulDistributedSampler(range(5))
     assert (sampler.num_replicas, sampler.rank, sorted(sampler)) == (1, 0, [0, 1, 2, 3, 4])
@@ -178,12 +286,15 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("index", [-1, 11, 2.0, None])
 def test_a_start_index_outside_the_data_is_refused(index: Any) -> None:
     (sampler,) = ranks_of(10, 1)
-    sampler.set_start_index(10)  # the end is a position too: nothing is left
-    assert list(sampler) == []
+    sampler.set_start_index(10)  # the end is a position too
     with pytest.raises(UsageError, match="start_index"):
         sampler.set_start_index(index)
     with pytest.raises(UsageError, match="epoch"):
         sampler.set_epoch(index if index != 11 else -2)
+    with pytest.raises(UsageError, match="num_samples"):
+        sampler.peek(index if index != 11 else -2)
+    with pytest.raises(UsageError, match="num_steps"):
+        sampler.expect(index if index != 11 else -2)
     assert (sampler.start_index, sampler.epoch) == (10, 0)
 
 
