@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -40,6 +41,9 @@ from shardpoint.storage import Store, kernel_id
 
 MAX_FILE_BYTES = 4 * 2**30
 
+ReplicaCheck = Literal["full", "sampled", "off"]
+"""How much of what several ranks hold is compared between them: all, a part of each tensor, or nothing."""
+
 
 @dataclass(frozen=True)
 class SaveRequest:
@@ -54,6 +58,7 @@ class SaveRequest:
         documents: path -> contents, for documents that the caller gives, the same on all ranks.
         max_file_bytes: the largest tensor file.
         as_file: commit the only tensor file itself, not a directory.
+        check_replicas: how much of what several ranks hold is compared.
     """
 
     name: str
@@ -64,6 +69,7 @@ class SaveRequest:
     documents: Mapping[str, bytes] = field(default_factory=dict)
     max_file_bytes: int = MAX_FILE_BYTES
     as_file: bool = False
+    check_replicas: ReplicaCheck = "sampled"
 
 
 class Documents(msgspec.Struct, frozen=True):
@@ -293,7 +299,9 @@ def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
     }
     position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
     # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
-    return f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}"
+    return (
+        f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}, replicas {request.check_replicas}"
+    )
 
 
 def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> StructureVerdict:
