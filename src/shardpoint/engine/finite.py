@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def not_finite_bytes(data: memoryview, dtype: str) -> int:
             booleans have no such values.
 
     Memory:
-        Nothing; 3 MiB where there are such values.
+        Nothing; 12 MiB where there are such values.
     """
     if dtype in _MINUS_ZERO_IS_NAN:
         return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == _MINUS_ZERO))
@@ -65,7 +65,7 @@ def not_finite_bytes(data: memoryview, dtype: str) -> int:
         return 0
     found = 0
     for start in range(0, len(data), BLOCK_BYTES):
-        # In blocks that stay in the cache between the two reductions.
+        # In blocks that stay in a cache between the two reductions, yet are few native calls.
         block = np.frombuffer(data[start : start + BLOCK_BYTES], dtype=f"<u{pattern.num_bytes}")
         if _has(block, pattern):
             found += _count(block, pattern)
