@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from shardpoint.errors import (
     UnsupportedFormatError,
     UsageError,
 )
-from shardpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from shardpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, Suspect, TensorEntry
 from shardpoint.storage import LocalStore, Reader, Store
 
 CHUNK_BYTES = 16 * 2**20
@@ -65,6 +65,11 @@ class Info:
     epoch: int
     metrics: dict[str, float]
     manifest: Manifest
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing looked wrong in what was saved (replicas that differ, NaN)."""
+        return self.manifest.suspect is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,42 @@ def training_checkpoints(store: Store) -> list[Info]:
                 )
             )
     return found
+
+
+def in_order_of_trust(store: Store) -> list[Committed]:
+    """Return the training checkpoints in the order in which a resume tries them.
+
+    First those whose manifest cannot be read, then the healthy ones, then the suspect ones, each the last committed
+    first. One that cannot be read may be the newest, so it is tried first: it is passed over loudly, or (a newer
+    format) it ends the resume instead of silently going back to an older one.
+
+    Raises:
+        NotFoundError: the root does not exist.
+    """
+    found = committed_checkpoints(store)
+    unreadable = [item for item in found if item.manifest is None]
+    healthy: list[Committed] = []
+    suspect: list[Committed] = []
+    for item in reversed(found):
+        if item.manifest is not None and item.manifest.step is not None:
+            (healthy if item.manifest.suspect is None else suspect).append(item)
+    return [*unreadable, *healthy, *suspect]
+
+
+def newer_suspects(found: Iterable[Committed], name: str) -> list[tuple[str, Suspect]]:
+    """Return which suspect checkpoints were committed after one, or are it: their names, and why they are suspect.
+
+    Args:
+        found: checkpoints.
+        name: one of them.
+    """
+    intact = [(item.name, item.manifest) for item in found if item.manifest is not None]
+    sequence = next((manifest.commit_sequence for known, manifest in intact if known == name), 0)
+    return [
+        (known, manifest.suspect)
+        for known, manifest in intact
+        if manifest.suspect is not None and manifest.commit_sequence >= sequence
+    ]
 
 
 def list_root(root: str | os.PathLike[str]) -> list[Committed]:

@@ -6,23 +6,25 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from shardpoint.adapters.c10d import open_comm, own_comm
 from shardpoint.adapters.collect import Known
 from shardpoint.adapters.exchange import GlooExchange
 from shardpoint.adapters.staging import pinning
 from shardpoint.adapters.state import RunState, TrainState, as_roles
-from shardpoint.catalog import training_checkpoints
+from shardpoint.catalog import in_order_of_trust, newer_suspects, training_checkpoints
 from shardpoint.comm import Comm
-from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, prune
+from shardpoint.commit import Committed, RootOwner, acquire_root, prune
 from shardpoint.engine import (
     BUDGET_BYTES,
     Arrival,
     BackgroundSaver,
     LoadResult,
     PendingSave,
+    ReplicaCheck,
     Source,
     StructureCache,
     Target,
@@ -60,6 +62,9 @@ class Checkpointer:
             makes steps wait for the disk.
         max_in_flight: how many saves may be under way in the background.
         when_busy: what a further save does: `"wait"` until one has ended, or `"skip"` it.
+        check_replicas: how much of what several ranks hold alike each save compares: `"sampled"` a 32nd of each tensor
+            (64 KiB at least), another with each save; `"full"` everything, which reads all that a rank holds once more,
+            in the background before a step may change it; `"off"` nothing. What differs, and NaN, marks the checkpoint.
         store: where the bytes go, instead of the local directory `root`.
         listener: told of what happens; the default logs to the `shardpoint` logger.
 
@@ -94,12 +99,15 @@ class Checkpointer:
         budget_bytes: int | None = None,
         max_in_flight: int = 2,
         when_busy: Literal["wait", "skip"] = "wait",
+        check_replicas: ReplicaCheck = "sampled",
         store: Store | None = None,
         listener: Listener = log_event,
     ) -> None:
         if max_in_flight < 1 or when_busy not in ("wait", "skip"):
             text = f"max_in_flight must be at least 1, when_busy 'wait' or 'skip': got {max_in_flight}, {when_busy!r}"
             raise UsageError(text)
+        if check_replicas not in get_args(ReplicaCheck):
+            raise UsageError(f"check_replicas must be one of {get_args(ReplicaCheck)}, got {check_replicas!r}")
         if budget_bytes is None and not async_save:
             budget_bytes = BUDGET_BYTES
         self._save_policies = tuple(save)
@@ -108,11 +116,13 @@ class Checkpointer:
         self._comm = open_comm()
         self._cache = StructureCache()
         self._pool = BufferPool(budget_bytes, on_allocate=pinning())
+        self._check_replicas = check_replicas
         self._max_in_flight = max_in_flight
         self._when_busy = when_busy
         self._background: BackgroundSaver | None = None
         self._pending: list[PendingSave] = []
         self._known: Known = {}
+        self._found: list[Committed] = []
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._arrival: Arrival | None = None
@@ -230,6 +240,7 @@ class Checkpointer:
         try:
             run = run_state(epoch, step, batch_size)
             request = training_request(as_roles(state), self._comm, run, metrics=metrics, known=self._known)
+            request = replace(request, check_replicas=self._check_replicas)
         except UsageError as error:
             # Order: into the first round with it. Raised here, it would leave the other ranks waiting for this one.
             refusal, request = error, refused_request(error)
@@ -282,7 +293,9 @@ class Checkpointer:
         """Restore everything from the newest committed checkpoint.
 
         The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the
-        one committed before it is taken, and the listener is told. The random state is restored last.
+        one committed before it is taken, and the listener is told. A suspect one (`SaveResult.suspect`) is taken only
+        where no other is intact; the listener is told of those that are passed over, and `load_checkpoint` loads any by
+        its name. The random state is restored last.
 
         Args:
             state: the live objects to fill, built as they were when saved; any number of ranks and any plugin.
@@ -345,6 +358,8 @@ class Checkpointer:
                 self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
                 continue
             self._previous_step = run.step
+            if self._comm.is_coordinator:
+                self._tell_of_suspects(name)
             return run
         if passed_over:
             # Order: never None here. A run that started afresh on a half-filled target would not be a fresh one.
@@ -426,18 +441,16 @@ class Checkpointer:
     def _candidates(self, lazy: Sequence[bool]) -> list[str]:
         if len(set(lazy)) > 1:
             raise UsageError(f"resume: lazy_optimizer differs between the ranks: {list(lazy)}")
-        return self._newest_first()
+        self._found = in_order_of_trust(self._store)
+        return [item.name for item in self._found]
 
-    def _newest_first(self) -> list[str]:
-        """Return the training checkpoints: those whose manifest cannot be read, then the others, last committed first.
-
-        One that cannot be read may be the newest, so it is tried first: it is passed over loudly, or (a newer format)
-        it ends the resume instead of silently going back to an older one.
-        """
-        found = committed_checkpoints(self._store)
-        intact = [item.name for item in found if item.manifest is not None and item.manifest.step is not None]
-        unreadable = [item.name for item in found if item.manifest is None]
-        return [*unreadable, *reversed(intact)]
+    def _tell_of_suspects(self, resumed: str) -> None:
+        for name, suspect in newer_suspects(self._found, resumed):
+            if name == resumed:
+                self._tell("resumed_suspect", f"{name} is suspect, and no other is intact: {suspect}", name)
+            else:
+                text = f"{resumed} is resumed, though {name} is newer: that is suspect ({suspect}). Load it by its name"
+                self._tell("passed_over_suspect", f"{text} (load_checkpoint) to go on from it all the same", name)
 
     def _load(self, name: str, roles: Mapping[str, TrainState], *, lazy_optimizer: bool) -> RunState:
         run: RunState | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec import to_builtins
 
 from shardpoint.errors import CheckpointError, CorruptionError, UnsupportedFormatError
 
@@ -74,6 +75,7 @@ def _summary(item: Any) -> dict[str, Any]:
         "metrics": manifest.metrics,
         "library": manifest.library,
         "format": f"{manifest.version[0]}.{manifest.version[1]}",
+        "suspect": None if manifest.suspect is None else to_builtins(manifest.suspect),
     }
 
 
@@ -104,9 +106,10 @@ def _print_table(items: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    notes = ["note"] if any(item["suspect"] for item in items) else []
     table = Table(box=None, pad_edge=False)
-    for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence"):
-        left = heading in ("checkpoint", "committed (UTC)")
+    for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence", *notes):
+        left = heading in ("checkpoint", "committed (UTC)", "note")
         # A column that does not fit is broken over lines, never cut.
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for item in items:
@@ -118,6 +121,7 @@ def _print_table(items: list[dict[str, Any]]) -> None:
             str(item["world_size"]),
             escape(_visible(item["created_utc"])),
             str(item["sequence"]),
+            *("suspect" if item["suspect"] else "" for _ in notes),
         )
     # Without a terminal there is no width to fit into: one line for each checkpoint, for whatever reads it.
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
@@ -160,10 +164,13 @@ def show_command(
         ]
         _print_json(summary)
         return
+    summary["suspect"] = "no" if manifest.suspect is None else f"{manifest.suspect.num_findings} findings"
     width = max(len(name) for name in summary)
     for name, value in summary.items():
         shown = f"{_size(value)} ({value} bytes)" if name == "num_bytes" else value
         _echo(f"{name.ljust(width)}  {shown}")
+    for finding in manifest.suspect.findings if manifest.suspect is not None else []:
+        _echo(f"  {finding}")
     _echo("files")
     for entry in manifest.files:
         _echo(f"  {entry.crc64nvme}  {_size(entry.size_bytes):>9}  {entry.path}")

@@ -19,7 +19,9 @@ class Event:
     Attributes:
         kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"`,
             `"rng_derived"`, `"rng_shifted"` (a loader drew from the restored random state), `"save_failed"` (in the
-            background) or `"save_skipped"` (too many were under way).
+            background), `"save_skipped"` (too many are under way), `"frozen_changed"` (what was called frozen is not
+            what the last checkpoint has), `"suspect"` (committed, but what was saved looks wrong),
+            `"passed_over_suspect"` (an earlier one is resumed instead) or `"resumed_suspect"` (there is no other).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.

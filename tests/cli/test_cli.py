@@ -36,6 +36,7 @@ SUMMARY_FIELDS = {
     "metrics": dict,
     "library": str,
     "format": str,
+    "suspect": type(None),
 }
 
 
@@ -118,7 +119,7 @@ def test_ls_as_json(root: Path, run: Run) -> None:
     assert listed["root"] == str(root)
     for item, name, sequence in zip(listed["checkpoints"], NAMES, (1, 2), strict=True):
         assert {key: type(value) for key, value in item.items()} == SUMMARY_FIELDS
-        assert (item["name"], item["sequence"], item["format"]) == (name, sequence, "1.0")
+        assert (item["name"], item["sequence"], item["format"]) == (name, sequence, "1.1")
         assert item["metrics"] == {"loss": 0.5, "odd": "nan"}
         files = [path for path in (root / name).rglob("*") if path.is_file() and path.name != "shardpoint.json"]
         assert item["num_bytes"] == sum(path.stat().st_size for path in files)
@@ -147,6 +148,29 @@ def test_ls_shows_a_damaged_manifest_beside_the_intact_ones(root: Path, run: Run
 def test_ls_does_not_show_a_torn_save(root: Path, run: Run) -> None:
     (root / NAMES[1] / "shardpoint.json").unlink()
     assert [item["name"] for item in parsed(run("ls", root, "--json"))["checkpoints"]] == [NAMES[0]]
+
+
+def mark(checkpoint: Path) -> None:
+    """Mark a checkpoint as suspect, as the format says it."""
+    holders = '[{"ranks":[0,2],"num_ranks":2},{"ranks":[1],"num_ranks":1}]'
+    fields = f'"part":"modeling","fqn":"{TENSOR}","state":null,"holders":{holders},"num_bytes":48'
+    finding = '{"kind":"replicas_differ",' + fields + "}"
+    suspect = f'"suspect": {{"num_findings":1,"findings":[{finding}]}}'
+    reseal(checkpoint, '\n "manifest_crc', f'\n {suspect},\n "manifest_crc')
+
+
+def test_a_suspect_checkpoint_is_marked(root: Path, run: Run) -> None:
+    assert "suspect" not in run("ls", root).out
+    mark(root / NAMES[1])
+    healthy, marked = (line for line in run("ls", root).out.splitlines() if line.startswith("epoch"))
+    assert (marked.split()[-1], healthy.split()[-1]) == ("suspect", "1")
+    assert parsed(run("ls", root, "--json"))["checkpoints"][1]["suspect"]["num_findings"] == 1
+    shown = run("show", root / NAMES[1]).out
+    assert f"modeling: {TENSOR} differs between its replicas: ranks 0, 2 / rank 1\n" in shown
+    (finding,) = parsed(run("show", root / NAMES[1], "--json"))["suspect"]["findings"]
+    assert (finding["kind"], finding["fqn"]) == ("replicas_differ", TENSOR)
+    assert [holders["ranks"] for holders in finding["holders"]] == [[0, 2], [1]]
+    assert run("verify", root).code == 0  # its bytes are those that were committed
 
 
 # ---- show
@@ -229,7 +253,7 @@ def test_verify_reports_every_problem_of_every_checkpoint(root: Path, run: Run) 
 
 
 def test_verify_of_a_root_goes_on_after_a_checkpoint_of_a_newer_format(root: Path, run: Run) -> None:
-    reseal(root / NAMES[0], '"version": [1,0]', '"version": [2,0]')
+    reseal(root / NAMES[0], '"version": [1,1]', '"version": [2,0]')
     outcome = run("verify", root)
     assert outcome.code == 21
     assert f"UNKNOWN  {NAMES[0]}" in outcome.out
@@ -256,7 +280,7 @@ def test_exit_codes(root: Path, run: Run, tmp_path: Path) -> None:
     for copy in (torn, newer, damaged):
         shutil.copytree(root / NAMES[0], copy)
     (torn / "shardpoint.json").unlink()
-    reseal(newer, '"version": [1,0]', '"version": [1,1]')
+    reseal(newer, '"version": [1,1]', '"version": [1,2]')
     os.truncate(damaged / "shardpoint.json", 900)
     expected = {
         ("ls", tmp_path / "none"): (10, "NotFoundError"),

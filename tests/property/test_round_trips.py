@@ -15,8 +15,11 @@ from shardpoint.container import StoredTensor, header_size_bytes, layout_file, p
 from shardpoint.dtypes import ITEMSIZE_BYTES, stored_form, tensor_bytes
 from shardpoint.manifest import (
     FileEntry,
+    Finding,
+    Holders,
     Manifest,
     RawTensor,
+    Suspect,
     TensorEntry,
     decode_document,
     decode_manifest,
@@ -155,6 +158,14 @@ def test_the_raw_library_opens_a_file_from_disk(tmp_path: Path) -> None:
     assert [tensor.name for tensor in layout.tensors] == ["big", "w", "odd"]
 
 
+def suspects() -> st.SearchStrategy[Suspect]:
+    counts = st.integers(0, 2**53)
+    holders = st.lists(st.builds(Holders, st.lists(counts, max_size=3), counts), min_size=1, max_size=3)
+    kinds = st.sampled_from(["replicas_differ", "not_finite"])
+    findings = st.builds(Finding, kinds, TEXTS, TEXTS, st.one_of(st.none(), TEXTS), holders, counts)
+    return st.builds(Suspect, counts, st.lists(findings, max_size=3))
+
+
 @st.composite
 def manifests(draw: st.DrawFn) -> Manifest:
     hex16, hex32 = (st.text("0123456789abcdef", min_size=n, max_size=n) for n in (16, 32))
@@ -178,7 +189,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         sizes[file] += num_bytes
     return Manifest(
         format="shardpoint",
-        version=(1, 0),
+        version=(1, 1),
         checkpoint_id=draw(hex32),
         replaces=draw(st.one_of(st.none(), hex32)),
         sequence=f"{draw(st.integers(0, 10**12 - 1)):012d}",
@@ -193,6 +204,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         metrics=draw(st.dictionaries(TEXTS, st.floats(allow_nan=False, allow_infinity=False), max_size=3)),
         files=[FileEntry(path, size, draw(hex16)) for path, size in zip(paths, sizes, strict=True)],
         tensors=tensors,
+        suspect=draw(st.one_of(st.none(), suspects())),
     )
 
 

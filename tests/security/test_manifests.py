@@ -126,6 +126,29 @@ def test_a_field_of_another_type_or_range(field: str, value: Any) -> None:
         decode_manifest(sealed(good() | {field: value}))
 
 
+SOUND = {
+    "kind": "not_finite", "part": "m", "fqn": "w", "state": None, "holders": [{"ranks": [0], "num_ranks": 1}],
+    "num_bytes": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "suspect",
+    [
+        True, [], {}, {"num_findings": 1}, {"num_findings": -1, "findings": []}, {"num_findings": 0, "findings": {}},
+        {"num_findings": 0, "findings": [], "unknown": 1},
+        *({"num_findings": 1, "findings": [SOUND | fields]} for fields in (
+            {"kind": "other"}, {"part": None}, {"holders": []}, {"holders": [{"ranks": [-1], "num_ranks": 1}]},
+            {"holders": [{"ranks": "0", "num_ranks": 1}]}, {"num_bytes": -1}, {"unknown": 1},
+        )),
+    ],
+)  # fmt: skip
+def test_a_suspicion_that_is_none(suspect: Any) -> None:
+    assert decode_manifest(sealed(good() | {"suspect": {"num_findings": 1, "findings": [SOUND]}})).suspect is not None
+    with pytest.raises(ManifestError):
+        decode_manifest(sealed(good() | {"suspect": suspect}))
+
+
 @pytest.mark.parametrize("field", sorted(set(good()) - {"format", "version"}))
 def test_a_missing_field(field: str) -> None:
     tree = good()
@@ -199,7 +222,7 @@ def test_an_unknown_dtype_is_of_a_newer_release() -> None:
         decode_manifest(with_tensor(dtype="F31"))
 
 
-@pytest.mark.parametrize("version", [[2, 0], [1, 1], [0, 9], [10**400, 0], [-1, 0]])
+@pytest.mark.parametrize("version", [[2, 0], [1, 2], [0, 9], [10**400, 0], [-1, 0]])
 def test_another_version_is_unsupported_whatever_it_holds(version: list[int]) -> None:
     with pytest.raises(UnsupportedFormatError, match="install a newer"):
         decode_manifest(sealed(good() | {"version": version, "unknown": {"$new": 1}, "files": "elsewhere"}))

@@ -325,3 +325,22 @@ def test_whatever_fails_all_roles_are_of_one_step(tmp_path: Path) -> None:
         assert all(same_bits(weights(fresh[name].model), expected[name]) for name in fresh), f"operation {nth}"
         assert all(is_intact(root, path.name) for path in root.glob("epoch*"))
     assert outcomes == {"failed", "step 1", "step 2"}
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_nan_in_a_frozen_model_is_told_whether_its_file_is_written_or_linked(
+    tmp_path: Path, *, async_save: bool
+) -> None:
+    roles = made(1)
+    with torch.no_grad():
+        roles["reference"].model.head.weight[0, 1] = torch.nan  # type: ignore[operator, index, union-attr]  # a Linear
+    with Checkpointer(tmp_path, async_save=async_save) as checkpointer:
+        for number in (1, 2):
+            pending = checkpointer.save(roles, epoch=0, step=number, batch_size=4)
+            assert pending is not None
+            result = pending.result()
+            assert bool(result.linked_bytes) == (number == 2)
+            assert result.suspect is not None
+            (finding,) = result.suspect.findings
+            assert (finding.kind, finding.part, finding.fqn) == ("not_finite", "reference/modeling", "head.weight")
+            assert finding.num_bytes == 4

@@ -249,6 +249,12 @@ class LocalBytes:
             self._bytes = flat_bytes(resolved.cpu())
         return self._bytes.numpy()
 
+    def read(self, start: int, stop: int) -> ByteArray:
+        """Return some bytes, uint8 `[stop - start]`, to read from; from a GPU these alone are copied."""
+        if self._bytes is None:
+            self._bytes = flat_bytes(self._local.resolve_conj().resolve_neg().contiguous())
+        return self._bytes[start:stop].cpu().numpy()
+
     def write_view(self) -> memoryview:
         """Return the bytes, `num_bytes` of them, to write to; `finish` puts them where they belong."""
         if self._bytes is None:

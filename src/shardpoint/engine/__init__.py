@@ -5,7 +5,7 @@ from shardpoint.engine.foreign import load_foreign, save_foreign
 from shardpoint.engine.inspection import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
-from shardpoint.engine.opening import SaveRequest
+from shardpoint.engine.opening import ReplicaCheck, SaveRequest
 from shardpoint.engine.parts import (
     load_lr_scheduler,
     load_model,
@@ -43,6 +43,7 @@ __all__ = [
     "PendingSave",
     "PlanCache",
     "ReadResult",
+    "ReplicaCheck",
     "SaveAttempt",
     "SavePlan",
     "SaveRequest",

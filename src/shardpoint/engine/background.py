@@ -270,11 +270,19 @@ class BackgroundSaver:
             frozenset(role_of(table.entries[piece.entry].part, roles) for piece in chunk.pieces) for chunk in chunks
         ]
         last = {role: number for number, members in enumerate(left) for role in members}
-        for role in roles:
-            if role not in last:  # this rank writes nothing of it
-                job.release(role, Landing())
         copier = Copier(agreed.own.held)
+
+        def let_go(role: str, landing: Landing, *, is_staged: bool) -> None:
+            """Let a step change a role; what others hold of it too is compared before, and nothing may have changed."""
+            with copier.streams():
+                if job.attempt.examination.compare(copier, lambda part: role_of(part, roles) == role) or is_staged:
+                    snapshot.check(role)
+            job.release(role, landing)
+
         try:
+            for role in roles:
+                if role not in last:  # this rank writes nothing of it
+                    let_go(role, Landing(), is_staged=False)
             for number, chunk in enumerate(chunks):
                 if job.has_failed or job.pending.is_cancelled:
                     return
@@ -285,9 +293,7 @@ class BackgroundSaver:
                 job.staged.put(staged)
                 for role in left[number]:
                     if last[role] == number:
-                        with copier.streams():
-                            snapshot.check(role)
-                        job.release(role, staged.landing)
+                        let_go(role, staged.landing, is_staged=True)
         finally:
             copier.close()
 

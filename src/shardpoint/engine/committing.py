@@ -11,6 +11,7 @@ from shardpoint import __version__
 from shardpoint.checksum import combine, crc64, merge_packed, to_hex, whole_tensors
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, publish, publish_file
+from shardpoint.engine.evidence import Evidence, merge_evidence
 from shardpoint.engine.opening import CoordinatorState, SaveRequest
 from shardpoint.errors import CommitUnknownError, DistributedError
 from shardpoint.manifest import (
@@ -19,6 +20,7 @@ from shardpoint.manifest import (
     FORMAT_NAME,
     FileEntry,
     Manifest,
+    Suspect,
     TensorEntry,
     metric_value,
 )
@@ -33,12 +35,14 @@ class Written(msgspec.Struct, frozen=True):
         partials: packed, one for each tensor of which they wrote bytes.
         files: the documents that each rank wrote.
         notes: what a person should know of how they wrote.
+        evidence: what they found in what they hold.
     """
 
     attempts: dict[str, int]
     partials: bytes
     files: dict[int, list[FileEntry]]
     notes: list[str]
+    evidence: Evidence
 
 
 def merge_written(ballots: Sequence[Written]) -> Written:
@@ -49,11 +53,12 @@ def merge_written(ballots: Sequence[Written]) -> Written:
             attempts[attempt_id] = min(rank, attempts.get(attempt_id, rank))
     files = {rank: entries for ballot in ballots for rank, entries in ballot.files.items()}
     notes = sorted({note for ballot in ballots for note in ballot.notes})
-    return Written(attempts, merge_packed([ballot.partials for ballot in ballots]), files, notes)
+    partials = merge_packed([ballot.partials for ballot in ballots])
+    return Written(attempts, partials, files, notes, merge_evidence([ballot.evidence for ballot in ballots]))
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """The verdict."""
+    """What was committed."""
 
     name: str
     checkpoint_id: str
@@ -62,10 +67,32 @@ class Committed(msgspec.Struct, frozen=True):
     linked_bytes: int
     num_tensors: int
     notes: list[str]
+    suspect: Suspect | None
 
 
-def commit_votes(comm: Comm, request: SaveRequest, written: Written, coordinator: CoordinatorState) -> Committed:
+class Verdict(msgspec.Struct, frozen=True):
+    """What the coordinator decided.
+
+    Attributes:
+        committed: what was committed; None where the ranks must tell first which tensors differ.
+        differing: the groups of replicas of which they tell.
+    """
+
+    committed: Committed | None
+    differing: list[int]
+
+
+def commit_votes(
+    comm: Comm, request: SaveRequest, written: Written, coordinator: CoordinatorState, suspect: Suspect | None
+) -> Committed:
     """Commit what all ranks voted for; on the coordinator.
+
+    Args:
+        comm: the ranks.
+        request: what was asked for.
+        written: all votes.
+        coordinator: the open attempt.
+        suspect: what looked wrong.
 
     Raises:
         DistributedError: a byte was written by nobody, or twice; or ranks voted on another attempt.
@@ -104,6 +131,7 @@ def commit_votes(comm: Comm, request: SaveRequest, written: Written, coordinator
         metrics={name: metric_value(value) for name, value in request.metrics.items()},
         files=files,
         tensors=tensors,
+        suspect=suspect,
     )
     if request.as_file:
         commit_or_unknown(attempt, lambda: publish_file(attempt, layout.files[0].path))
@@ -112,7 +140,9 @@ def commit_votes(comm: Comm, request: SaveRequest, written: Written, coordinator
     total = sum(entry.size_bytes for entry in files)
     linked_bytes = sum(entry.size_bytes for entry in files if entry.linked)
     notes = list(dict.fromkeys([*attempt.notes, *written.notes]))
-    return Committed(attempt.name, attempt.attempt_id, attempt.sequence, total, linked_bytes, len(tensors), notes)
+    return Committed(
+        attempt.name, attempt.attempt_id, attempt.sequence, total, linked_bytes, len(tensors), notes, suspect
+    )
 
 
 def commit_or_unknown(attempt: Attempt, work: Callable[[], None]) -> None:

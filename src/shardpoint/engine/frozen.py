@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -28,7 +28,13 @@ def _merge(ballots: Sequence[_Sums]) -> _Sums:
     return _Sums(merge_packed([ballot.partials for ballot in ballots]))
 
 
-def checksum_frozen(comm: Comm, agreed: AgreedSave, coordinator: CoordinatorState, pool: BufferPool) -> None:
+def checksum_frozen(
+    comm: Comm,
+    agreed: AgreedSave,
+    coordinator: CoordinatorState,
+    pool: BufferPool,
+    look: Callable[[int, memoryview], None],
+) -> None:
     """Have the coordinator know the checksum of every tensor of the frozen parts, as it is now.
 
     Args:
@@ -36,6 +42,7 @@ def checksum_frozen(comm: Comm, agreed: AgreedSave, coordinator: CoordinatorStat
         agreed: the structure.
         coordinator: gets `frozen_crcs`, on the coordinator.
         pool: lends a buffer.
+        look: called with each piece's tensor and bytes.
 
     Raises:
         DistributedError: the ranks together do not hold every byte exactly once.
@@ -48,7 +55,7 @@ def checksum_frozen(comm: Comm, agreed: AgreedSave, coordinator: CoordinatorStat
         return
 
     def work() -> _Sums:
-        sums = PieceSums()
+        sums = PieceSums(look)
         # Order: beyond the budget, whose buffers may all hold what waits to be written. One buffer at a time.
         staged = stage_chunks(agreed.table, agreed.plan.frozen_chunks, agreed.own.held, pool, beyond_budget=True)
         for item in staged:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
@@ -41,6 +42,9 @@ from shardpoint.storage import Store, kernel_id
 
 MAX_FILE_BYTES = 4 * 2**30
 
+ReplicaCheck = Literal["full", "sampled", "off"]
+"""How much of what several ranks hold is compared between them: all, a part of each tensor, or nothing."""
+
 
 @dataclass(frozen=True)
 class SaveRequest:
@@ -55,6 +59,7 @@ class SaveRequest:
         documents: path -> contents, for documents that the caller gives, the same on all ranks.
         max_file_bytes: the largest tensor file.
         as_file: commit the only tensor file itself, not a directory.
+        check_replicas: how much of what several ranks hold is compared.
     """
 
     name: str
@@ -65,6 +70,7 @@ class SaveRequest:
     documents: Mapping[str, bytes] = field(default_factory=dict)
     max_file_bytes: int = MAX_FILE_BYTES
     as_file: bool = False
+    check_replicas: ReplicaCheck = "sampled"
 
 
 class Documents(msgspec.Struct, frozen=True):
@@ -309,7 +315,8 @@ def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
     position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
     # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
     frozen = f", frozen {sorted(collected.frozen)}" if collected.frozen else ""
-    return f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}{frozen}"
+    what = f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}{frozen}"
+    return f"{what}, replicas {request.check_replicas}"
 
 
 def _structure(ballots: Sequence[StructureBallot], cache: StructureCache) -> StructureVerdict:

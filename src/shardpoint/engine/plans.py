@@ -20,12 +20,14 @@ from shardpoint.planning import (
     Layout,
     MergedTable,
     PartNaming,
+    ReplicaGroup,
     RunTable,
     WriteItem,
     gathered_entries,
     owned_items,
     plan_chunks,
     plan_files,
+    replica_groups,
     split_items,
     tabulate_runs,
     whole_items,
@@ -51,6 +53,7 @@ class SavePlan:
         gathered: the small tensors whose parts go to the coordinator, by index.
         sent_runs: this rank's runs of them, as they travel.
         sent_local: (entry, offset in the shard, length) of each of these runs.
+        replicas: what other ranks hold too, by who they are.
     """
 
     layout: Layout
@@ -62,6 +65,7 @@ class SavePlan:
     gathered: tuple[int, ...]
     sent_runs: RunTable
     sent_local: list[tuple[int, int, int]]
+    replicas: tuple[ReplicaGroup, ...]
 
     def all_chunks(self, linked: Container[int] = ()) -> list[Chunk]:
         """Return what this rank writes, in the order of files; of one file the small tensors come last.
@@ -98,6 +102,7 @@ def make_plan(
         gathered,
         runs,
         local,
+        replica_groups(table, rank),
     )
 
 

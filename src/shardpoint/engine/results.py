@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardpoint.manifest import Suspect
+
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
@@ -19,6 +21,8 @@ class SaveResult:
         num_tensors: tensors stored.
         seconds: wall time of the save on this rank.
         notes: what a person should know (a filesystem that could not reserve space).
+        suspect: what looked wrong in the state that was saved (replicas that differ, NaN), or None. The checkpoint is
+            committed all the same, and `Checkpointer.resume` prefers one that is not suspect.
     """
 
     name: str
@@ -30,6 +34,7 @@ class SaveResult:
     num_tensors: int
     seconds: float
     notes: tuple[str, ...] = ()
+    suspect: Suspect | None = None
 
 
 @dataclass(frozen=True, slots=True)

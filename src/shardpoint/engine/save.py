@@ -1,24 +1,29 @@
 """In which order a save happens: collect, agree on the structure, open the attempt, write, vote, commit.
 
-Three rounds, and one more each where a structure is new, where something is frozen, and where small tensors are
-gathered. Whatever goes wrong before the last is decided, on any rank, fails all ranks, and the previous checkpoint
-stands. A rank that voted in the last and heard no verdict does not know, and says so.
+Three rounds, and one more each where a structure is new, where something is frozen, where small tensors are gathered,
+and where replicas differ and the ranks have to tell in what. Whatever goes wrong before the last is decided, on any
+rank, fails all ranks, and the previous checkpoint stands. A rank that voted in the last and heard no verdict does not
+know, and says so.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 from shardpoint.adapters.collect import Held, join
 from shardpoint.adapters.exchange import open_exchange
+from shardpoint.adapters.staging import Copier
 from shardpoint.checksum import crc64, pack_partials, to_hex
 from shardpoint.comm import Comm
 from shardpoint.commit import RootOwner, write_documents
 from shardpoint.engine.ballots import agree
-from shardpoint.engine.committing import Committed, Written, commit_votes, merge_written
+from shardpoint.engine.committing import Committed, Verdict, Written, commit_votes, merge_written
+from shardpoint.engine.evidence import MAX_GROUPS, Details, merge_details, suspicion
+from shardpoint.engine.examining import Examination
 from shardpoint.engine.frozen import checksum_frozen, stage_frozen
 from shardpoint.engine.gathering import ByteExchange, write_gathered
 from shardpoint.engine.opening import (
@@ -78,8 +83,8 @@ def save(
         CommitUnknownError: this rank voted and heard no verdict.
 
     Collective:
-        All ranks: three rounds, and one more each where the structure is new, where something is frozen, and where
-        small tensors are gathered.
+        All ranks: three rounds, and one more each where the structure is new, where something is frozen, where small
+        tensors are gathered, and where replicas differ.
 
     Durability:
         On return the checkpoint is committed and survives power loss.
@@ -92,9 +97,8 @@ def save(
     with attempt.abandoned_on_error():
         agreed = attempt.agree(comm)
         opened = attempt.open(comm, agreed)
-        return attempt.commit(
-            comm, agreed, opened, stage_chunks(agreed.table, agreed.plan.chunks, agreed.own.held, pool)
-        )
+        staged = stage_chunks(agreed.table, agreed.plan.chunks, agreed.own.held, pool)
+        return attempt.commit(comm, agreed, opened, staged, compare=Copier(agreed.own.held))
 
 
 class SaveAttempt:
@@ -130,6 +134,8 @@ class SaveAttempt:
         self._exchange = exchange
         self._coordinator = CoordinatorState(owner)
         self._small: dict[tuple[str, str], Held] = {}
+        self._examination: Examination | None = None
+        self._written: Written | None = None
         self._began = time.monotonic()
 
     @contextmanager
@@ -156,16 +162,33 @@ class SaveAttempt:
 
     def agree(self, comm: Comm) -> AgreedSave:
         """Agree on the structure; raises as `agree_on_structure`."""
-        return agree_on_structure(comm, self._request, self._cache, self._pool.buffer_bytes)
+        request = self._request
+        agreed = agree_on_structure(comm, request, self._cache, self._pool.buffer_bytes)
+        self._examination = Examination(agreed, comm.rank, request.name, request.check_replicas)
+        return agreed
+
+    @property
+    def examination(self) -> Examination:
+        """What this rank finds out about its tensors; there once the ranks agreed."""
+        assert self._examination is not None  # noqa: S101 - `agree` comes first
+        return self._examination
 
     def open(self, comm: Comm, agreed: AgreedSave) -> OpenSave:
         """Open the attempt, and bring small tensors to the coordinator; raises as what it calls."""
-        checksum_frozen(comm, agreed, self._coordinator, self._pool)
+        checksum_frozen(comm, agreed, self._coordinator, self._pool, self.examination.look)
         opened = open_save(self._store, comm, self._request, agreed, self._coordinator, self._listener)
-        self._small = gather_small(comm, agreed, opened)
+        self._small = gather_small(comm, agreed, opened, self.examination.look)
         return opened
 
-    def commit(self, comm: Comm, agreed: AgreedSave, opened: OpenSave, staged: Iterable[StagedChunk]) -> SaveResult:
+    def commit(
+        self,
+        comm: Comm,
+        agreed: AgreedSave,
+        opened: OpenSave,
+        staged: Iterable[StagedChunk],
+        *,
+        compare: Copier | None = None,
+    ) -> SaveResult:
         """Write what is staged, vote, and commit; raises as `save`.
 
         Args:
@@ -173,18 +196,29 @@ class SaveAttempt:
             agreed: the structure.
             opened: the attempt.
             staged: this rank's chunks, in order; an error that it raises is this rank's.
+            compare: with what replicas are compared beside the writing; None where they were when they were staged.
         """
         request, store = self._request, self._store
         try:
-            committed = agree(
+            verdict = agree(
                 comm,
                 "save: commit",
-                lambda: self._write(comm, agreed, opened, staged),
+                lambda: self._write(comm, agreed, opened, staged, compare),
                 Written,
-                lambda ballots: commit_votes(comm, request, merge_written(ballots), self._coordinator),
-                Committed,
+                lambda ballots: self._decide(comm, merge_written(ballots)),
+                Verdict,
                 merge_written,
             )
+            if verdict.committed is None:
+                verdict = agree(
+                    comm,
+                    "save: replicas",
+                    lambda: self.examination.details(verdict.differing),
+                    Details,
+                    lambda ballots: Verdict(self._commit(comm, merge_details(ballots)), []),
+                    Verdict,
+                    merge_details,
+                )
         except CollectiveTimeout as error:
             if not comm.is_coordinator and 0 in error.waiting_for:
                 text = (
@@ -194,6 +228,8 @@ class SaveAttempt:
                 )
                 raise CommitUnknownError(text, attempt_id=opened.attempt_id) from error
             raise
+        committed = verdict.committed
+        assert committed is not None  # noqa: S101 - after the details it is
         result = SaveResult(
             committed.name,
             join(store.location, committed.name),
@@ -204,24 +240,51 @@ class SaveAttempt:
             committed.num_tensors,
             time.monotonic() - self._began,
             tuple(committed.notes),
+            committed.suspect,
         )
         if comm.is_coordinator:
             text = f"committed {result.path}: {result.num_bytes / 1e6:.1f} MB in {result.seconds:.2f} s"
             self._listener(Event("committed", text, result.name))
+            if result.suspect is not None:
+                text = f"{result.path} is committed, but suspect: {result.suspect}"
+                self._listener(Event("suspect", text, result.name, logging.WARNING))
         return result
 
-    def _write(self, comm: Comm, agreed: AgreedSave, opened: OpenSave, staged: Iterable[StagedChunk]) -> Written:
+    def _decide(self, comm: Comm, written: Written) -> Verdict:
+        """Commit, unless the ranks must tell first which tensors differ; on the coordinator."""
+        self._written = written
+        differing = written.evidence.differing()
+        return Verdict(None, differing[:MAX_GROUPS]) if differing else Verdict(self._commit(comm, {}), [])
+
+    def _commit(self, comm: Comm, details: Details) -> Committed:
+        written, merged = self._written, self._coordinator.merged
+        assert written is not None and merged is not None  # noqa: S101, PT018 - opened and voted before
+        evidence = written.evidence
+        suspect = suspicion(merged, evidence.not_finite, details, num_differing=len(evidence.differing()))
+        return commit_votes(comm, self._request, written, self._coordinator, suspect)
+
+    def _write(
+        self,
+        comm: Comm,
+        agreed: AgreedSave,
+        opened: OpenSave,
+        staged: Iterable[StagedChunk],
+        compare: Copier | None,
+    ) -> Written:
         opened.check(agreed, comm.rank)
-        store, plan, sums = self._store, agreed.plan, PieceSums()
+        store, plan, sums = self._store, agreed.plan, PieceSums(self._look_at(agreed))
         # Order: not from the budget. Every buffer of it may hold what waits to be written after this.
         small = stage_chunks(agreed.table, plan.small_chunks, self._small, self._pool, beyond_budget=True)
         frozen = stage_frozen(agreed, opened, self._pool.buffer_bytes)
+        comparing: list[Future[bool]] = []
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="shardpoint-documents") as beside,
+            ThreadPoolExecutor(2, thread_name_prefix="shardpoint-beside") as beside,
             OpenFiles(store, opened.key, plan.layout) as files,
             closing(in_file_order(in_file_order(staged, small), frozen)) as everything,
         ):
             documents = beside.submit(self._write_documents, agreed, opened)
+            if compare is not None:
+                comparing.append(beside.submit(self.examination.compare, compare, progress=comm.progress))
             if opened.one_writer:
                 write_gathered(
                     files,
@@ -242,9 +305,21 @@ class SaveAttempt:
             else:
                 write_staged(files, everything, sums, comm.progress)
             entries, notes = documents.result(), files.notes
+            for compared in comparing:
+                compared.result()
         files_written = {comm.rank: entries} if entries else {}
         partials = pack_partials(sums.partials(agreed.table))
-        return Written({opened.attempt_id: comm.rank}, partials, files_written, notes)
+        return Written({opened.attempt_id: comm.rank}, partials, files_written, notes, self.examination.evidence())
+
+    def _look_at(self, agreed: AgreedSave) -> Callable[[int, memoryview], None]:
+        """Return what looks at staged bytes; gathered and frozen tensors were looked at before."""
+        gathered, frozen, entries = frozenset(agreed.plan.gathered), agreed.own.frozen, agreed.table.entries
+
+        def look(entry: int, data: memoryview) -> None:
+            if entry not in gathered and entries[entry].part not in frozen:
+                self.examination.look(entry, data)
+
+        return look
 
     def _write_documents(self, agreed: AgreedSave, opened: OpenSave) -> list[FileEntry]:
         """Write this rank's documents, and on the coordinator those of the whole checkpoint; return the rank's."""

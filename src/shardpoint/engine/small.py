@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -36,13 +36,16 @@ class _Parts(msgspec.Struct, frozen=True):
     crc: int
 
 
-def gather_small(comm: Comm, agreed: AgreedSave, opened: OpenSave) -> dict[tuple[str, str], Held]:
+def gather_small(
+    comm: Comm, agreed: AgreedSave, opened: OpenSave, look: Callable[[int, memoryview], None]
+) -> dict[tuple[str, str], Held]:
     """Bring the parts of small tensors to the coordinator.
 
     Args:
         comm: the ranks.
         agreed: the structure.
         opened: the attempt.
+        look: called with the tensor and the bytes of each part, where it is sent.
 
     Returns:
         On the coordinator the whole tensors, by (part, key); elsewhere nothing.
@@ -65,11 +68,11 @@ def gather_small(comm: Comm, agreed: AgreedSave, opened: OpenSave) -> dict[tuple
         found.update(_assemble(agreed.table, agreed.plan.gathered, ballots))
         return True
 
-    agree(comm, "save: small tensors", lambda: _own_parts(comm, agreed, opened), _Parts, decide, bool)
+    agree(comm, "save: small tensors", lambda: _own_parts(comm, agreed, opened, look), _Parts, decide, bool)
     return found
 
 
-def _own_parts(comm: Comm, agreed: AgreedSave, opened: OpenSave) -> _Parts:
+def _own_parts(comm: Comm, agreed: AgreedSave, opened: OpenSave, look: Callable[[int, memoryview], None]) -> _Parts:
     opened.check(agreed, comm.rank)
     table, plan, held = agreed.table, agreed.plan, agreed.own.held
     data = bytearray()
@@ -79,7 +82,9 @@ def _own_parts(comm: Comm, agreed: AgreedSave, opened: OpenSave) -> _Parts:
         if view is None or index != entry:
             entry = index
             view = held[table.entries[index].part, table.entries[index].key].open().read_view()
-        data += view[local_offset : local_offset + num_bytes].data
+        part = view[local_offset : local_offset + num_bytes].data
+        look(index, part)
+        data += part
     return _Parts(plan.sent_runs.tobytes(), bytes(data), crc64(data))
 
 

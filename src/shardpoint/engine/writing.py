@@ -49,18 +49,24 @@ class StagedChunk:
 
 
 class PieceSums:
-    """The checksums of pieces, taken in any order by any thread, and merged into one partial for each tensor."""
+    """The checksums of pieces, taken in any order by any thread, and merged into one partial for each tensor.
 
-    def __init__(self) -> None:
+    Args:
+        look: called with each piece's tensor and bytes, by the thread that takes its checksum.
+    """
+
+    def __init__(self, look: Callable[[int, memoryview], None] = lambda _entry, _data: None) -> None:
+        self._look = look
         self._mutex = threading.Lock()
         self._pieces: list[tuple[int, int, int, int]] = []
 
     def take(self, staged: StagedChunk) -> None:
         """Take the checksums of a chunk."""
-        pieces = [
-            (piece.entry, piece.byte_offset, piece.num_bytes, crc64(staged.view(piece.buffer_offset, piece.num_bytes)))
-            for piece in staged.chunk.pieces
-        ]
+        pieces: list[tuple[int, int, int, int]] = []
+        for piece in staged.chunk.pieces:
+            data = staged.view(piece.buffer_offset, piece.num_bytes)
+            pieces.append((piece.entry, piece.byte_offset, piece.num_bytes, crc64(data)))
+            self._look(piece.entry, data)
         with self._mutex:
             self._pieces += pieces
 

@@ -24,6 +24,7 @@ MANIFEST_NAME = "shardpoint.json"
 FORMAT_NAME = "shardpoint"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 1
 
+_MAX_TOLD = 3
 _SEAL_KEY = '"manifest_crc64nvme": "'
 _SEAL = re.compile(rb'"manifest_crc64nvme": "([0-9a-f]{16})"\n\}\n\Z')
 _SEAL_TAIL_BYTES = len('0123456789abcdef"\n}\n')
@@ -80,6 +81,68 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crc64nvme: Hex16
 
 
+class Holders(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ranks that a finding names.
+
+    Attributes:
+        ranks: the lowest eight of them, ascending.
+        num_ranks: how many they are.
+    """
+
+    ranks: list[Count]
+    num_ranks: Count
+
+    def __str__(self) -> str:
+        shown = ", ".join(str(rank) for rank in self.ranks)
+        more = self.num_ranks - len(self.ranks)
+        return f"{'ranks' if self.num_ranks > 1 else 'rank'} {shown}" + (f" and {more} more" if more else "")
+
+
+class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that looked wrong in what the ranks held while they saved it.
+
+    Attributes:
+        kind: `"replicas_differ"`: ranks that must hold the same bytes of a tensor did not; `"not_finite"`: a weight or
+            an optimizer's state has NaN or infinite values.
+        part: the tensor's part.
+        fqn: its name.
+        state: the optimizer state's name, or None for weights.
+        holders: of differing replicas, the ranks of each version, ordered by their lowest rank; of values that are not
+            finite, the ranks that wrote them, once.
+        num_bytes: of differing replicas, the bytes that each rank compared; else the bytes of the values.
+    """
+
+    kind: Literal["replicas_differ", "not_finite"]
+    part: str
+    fqn: str
+    state: str | None
+    holders: Annotated[list[Holders], msgspec.Meta(min_length=1)]
+    num_bytes: Count
+
+    def __str__(self) -> str:
+        label = f"{self.part}: {self.fqn}" + (f" [{self.state}]" if self.state is not None else "")
+        if self.kind == "not_finite":
+            return f"{label} has {self.num_bytes} bytes of NaN or infinite values on {self.holders[0]}"
+        return f"{label} differs between its replicas: {' / '.join(map(str, self.holders))}"
+
+
+class Suspect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a checkpoint whose bytes are intact should not be trusted.
+
+    Attributes:
+        num_findings: how many there are.
+        findings: the first of them, in the order of the tensors.
+    """
+
+    num_findings: Count
+    findings: list[Finding]
+
+    def __str__(self) -> str:
+        first = "; ".join(map(str, self.findings[:_MAX_TOLD]))
+        more = self.num_findings - min(len(self.findings), _MAX_TOLD)
+        return first + (f"; and {more} more" if more else "")
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that was committed.
 
@@ -100,6 +163,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         metrics: what the trainer passed along; what is not finite as text, since JSON has no form for it.
         files: every file but the manifest.
         tensors: every tensor, by file and offset.
+        suspect: what looked wrong while it was saved, or None where nothing did.
     """
 
     format: str
@@ -118,6 +182,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     metrics: dict[str, float | Literal["nan", "inf", "-inf"]]
     files: list[FileEntry]
     tensors: list[TensorEntry]
+    suspect: Suspect | None = None
 
     @property
     def commit_sequence(self) -> int:
@@ -169,7 +234,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         if name in ("files", "tensors"):
             entries = ",\n  ".join(msgspec.json.encode(entry).decode() for entry in value)
             lines.append(f' "{name}": [\n  {entries}\n ],' if entries else f' "{name}": [],')
-        else:
+        elif name != "suspect" or value is not None:
             lines.append(f' "{name}": {msgspec.json.encode(value).decode()},')
     body = ("\n".join(lines) + "\n " + _SEAL_KEY).encode()
     return body + f'{to_hex(crc64(body))}"\n}}\n'.encode()

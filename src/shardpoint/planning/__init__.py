@@ -17,6 +17,7 @@ from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedF
 from shardpoint.planning.matching import Match, match_target
 from shardpoint.planning.ownership import WriteItem, held_runs, is_held_alone, owned_items
 from shardpoint.planning.reads import PIECE_BYTES, Read, ReadPlan, Wanted, plan_reads, wanted_runs
+from shardpoint.planning.replicas import ReplicaGroup, compared_window, replica_groups, turn_of
 from shardpoint.planning.small import (
     RUN_FIELDS,
     RunTable,
@@ -42,11 +43,13 @@ __all__ = [
     "PlannedFile",
     "Read",
     "ReadPlan",
+    "ReplicaGroup",
     "RunTable",
     "Table",
     "TensorFact",
     "Wanted",
     "WriteItem",
+    "compared_window",
     "decode_table",
     "decode_tables",
     "encode_table",
@@ -61,8 +64,10 @@ __all__ = [
     "plan_chunks",
     "plan_files",
     "plan_reads",
+    "replica_groups",
     "split_items",
     "tabulate_runs",
+    "turn_of",
     "wanted_runs",
     "whole_items",
 ]

@@ -127,7 +127,7 @@ def damage(store: LocalStore, how: str) -> None:
 
     newer = json.loads(text)
     newer["version"] = [9, 0]
-    body = text.replace('"version": [1,0]', '"version": [9,0]').rpartition('"manifest_crc64nvme": "')[0]
+    body = text.replace('"version": [1,1]', '"version": [9,0]').rpartition('"manifest_crc64nvme": "')[0]
     body += '"manifest_crc64nvme": "'
     assert "[9,0]" in body
     old.write_text(body + f'{to_hex(crc64(body.encode()))}"\n}}\n')
