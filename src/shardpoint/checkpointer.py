@@ -16,13 +16,14 @@ from shardpoint.adapters.staging import pinning
 from shardpoint.adapters.state import RunState, TrainState, as_roles
 from shardpoint.catalog import training_checkpoints
 from shardpoint.comm import Comm
-from shardpoint.commit import RootOwner, acquire_root, committed_checkpoints, prune
+from shardpoint.commit import RootOwner, acquire_root, newest_first, prune
 from shardpoint.engine import (
     BUDGET_BYTES,
     Arrival,
     BackgroundSaver,
     LoadResult,
     PendingSave,
+    RunJournal,
     Source,
     StructureCache,
     Target,
@@ -39,6 +40,7 @@ from shardpoint.engine import (
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import CheckpointError, CorruptionError, NotFoundError, UsageError
 from shardpoint.events import Event, Listener, log_event
+from shardpoint.manifest import Manifest
 from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep, save_is_due
 from shardpoint.storage import BufferPool, LocalStore, Store
 
@@ -116,6 +118,7 @@ class Checkpointer:
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._arrival: Arrival | None = None
+        self._journal = RunJournal(self._comm, self._owned)
         self._closed = False
         opened: list[Store] = [] if store is None else [store]
 
@@ -230,6 +233,7 @@ class Checkpointer:
         try:
             run = run_state(epoch, step, batch_size)
             request = training_request(as_roles(state), self._comm, run, metrics=metrics, known=self._known)
+            self._journal.look_at(as_roles(state))
         except UsageError as error:
             # Order: into the first round with it. Raised here, it would leave the other ranks waiting for this one.
             refusal, request = error, refused_request(error)
@@ -282,7 +286,9 @@ class Checkpointer:
         """Restore everything from the newest committed checkpoint.
 
         The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the
-        one committed before it is taken, and the listener is told. The random state is restored last.
+        one committed before it is taken, and the listener is told. The random state is restored last. Then all that was
+        assigned is read back and compared: options, counters, the scheduler, the samples that come next, the random
+        state. Whatever the state or the checkpoint has and the other lacks is an error, never a fresh start.
 
         Args:
             state: the live objects to fill, built as they were when saved; any number of ranks and any plugin.
@@ -298,6 +304,7 @@ class Checkpointer:
         Raises:
             MismatchError: checkpoint and state differ; nothing was changed. It lists everything.
             UsageError: something in the state cannot be loaded into.
+            ResumeMismatchError: what was put in place is not what the checkpoint holds; do not train on with it.
             CorruptionError: there are checkpoints, and none is intact.
             NotFoundError: the only ones went away while they were read.
             UnsupportedFormatError: the newest is of a newer format.
@@ -318,7 +325,7 @@ class Checkpointer:
             self._arrival.end()
             self._arrival.forget()
             self._arrival = None
-        passed_over: list[CorruptionError | NotFoundError] = []
+        passed_over: dict[str, CorruptionError | NotFoundError] = {}
         tried: set[str] = set()
         while True:
             # Order: the state is looked at in a round, so that a wrong one on one rank is an error on all of them.
@@ -335,22 +342,24 @@ class Checkpointer:
                 break
             tried.add(name)
             try:
-                run = self._load(name, as_roles(state), lazy_optimizer=lazy_optimizer)
+                run, manifest = self._load(name, as_roles(state), lazy_optimizer=lazy_optimizer)
             except CorruptionError as error:
-                passed_over.append(error)
+                passed_over[name] = error
                 self._tell("fell_back", f"{name} is corrupt, trying an earlier one: {error}", name)
                 continue
             except NotFoundError as error:
-                passed_over.append(error)
+                passed_over[name] = error
                 self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
                 continue
             self._previous_step = run.step
+            self._journal.begin(as_roles(state), manifest, passed_over)
             return run
         if passed_over:
             # Order: never None here. A run that started afresh on a half-filled target would not be a fresh one.
-            first = passed_over[0]
+            first = next(iter(passed_over.values()))
             first.add_note(f"none of the {len(passed_over)} checkpoints in {self._store.location} is intact")
             raise first
+        self._journal.begin(as_roles(state))
         return None
 
     def optimizer_ready(self, timeout_s: float | None = None) -> bool:
@@ -406,6 +415,7 @@ class Checkpointer:
         arrival, self._arrival = self._arrival, None
         try:
             untold = arrival.end() if arrival is not None else None
+            self._journal.close()
         finally:
             if owner is not None:
                 owner.release()
@@ -414,6 +424,16 @@ class Checkpointer:
             untold = last.failure
         if untold is not None:
             raise untold
+
+    @property
+    def journal(self) -> RunJournal:
+        """The journal of this run: `journal.record(epoch=..., step=..., loss=...)` after each step."""
+        self._check_open()
+        return self._journal
+
+    def _owned(self) -> tuple[Store, RootOwner]:
+        assert self._owner is not None  # noqa: S101 - asked on the coordinator, which owns the root until `close`
+        return self._store, self._owner
 
     def _check_open(self) -> None:
         if self._closed:
@@ -426,28 +446,17 @@ class Checkpointer:
     def _candidates(self, lazy: Sequence[bool]) -> list[str]:
         if len(set(lazy)) > 1:
             raise UsageError(f"resume: lazy_optimizer differs between the ranks: {list(lazy)}")
-        return self._newest_first()
+        return newest_first(self._store)
 
-    def _newest_first(self) -> list[str]:
-        """Return the training checkpoints: those whose manifest cannot be read, then the others, last committed first.
-
-        One that cannot be read may be the newest, so it is tried first: it is passed over loudly, or (a newer format)
-        it ends the resume instead of silently going back to an older one.
-        """
-        found = committed_checkpoints(self._store)
-        intact = [item.name for item in found if item.manifest is not None and item.manifest.step is not None]
-        unreadable = [item.name for item in found if item.manifest is None]
-        return [*unreadable, *reversed(intact)]
-
-    def _load(self, name: str, roles: Mapping[str, TrainState], *, lazy_optimizer: bool) -> RunState:
-        run: RunState | None = None
+    def _load(self, name: str, roles: Mapping[str, TrainState], *, lazy_optimizer: bool) -> tuple[RunState, Manifest]:
+        found: tuple[RunState, Manifest] | None = None
 
         def open_source() -> Source:
             return open_committed(self._store, name)
 
         def prepare(source: Source) -> Target:
-            nonlocal run
-            run = stored_run(source)
+            nonlocal found
+            found = stored_run(source), source.manifest
             return training_target(source, roles, self._comm, self._listener, lazy_optimizer=lazy_optimizer)
 
         result: LoadResult
@@ -457,13 +466,12 @@ class Checkpointer:
             )
         else:
             result = load(self._comm, open_source, prepare, self._cache, pool=self._pool)
-        assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
-        text = (
-            f"resumed {name} of {self._store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"
-        )
+        assert found is not None  # noqa: S101 - the load succeeded, so `prepare` ran
+        megabytes = result.num_bytes / 1e6
+        text = f"resumed {name} of {self._store.location}: step {found[0].step}, {megabytes:.1f} MB on this rank"
         if self._comm.is_coordinator:
             self._listener(Event("loaded", text, name))
-        return run
+        return found
 
     def _prune(self) -> bool:
         assert self._owner is not None  # noqa: S101 - runs on the coordinator, which owns the root until `close`

@@ -9,6 +9,7 @@ from shardpoint.commit.visible import (
     Committed,
     committed_checkpoints,
     find_committed,
+    newest_first,
     read_manifest,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "acquire_root",
     "committed_checkpoints",
     "find_committed",
+    "newest_first",
     "owned_root",
     "prune",
     "publish",

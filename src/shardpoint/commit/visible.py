@@ -144,6 +144,22 @@ def committed_checkpoints(store: Store) -> list[Committed]:
     )
 
 
+def newest_first(store: Store) -> list[str]:
+    """Return the names of the training checkpoints: those whose manifest cannot be read, then the last committed first.
+
+    One that cannot be read may be the newest, so it is tried first: it is passed over loudly, or (a newer format) it
+    ends the resume instead of silently going back to an older one.
+
+    Raises:
+        NotFoundError: the root does not exist.
+        StorageError: a directory in it cannot be read.
+    """
+    found = committed_checkpoints(store)
+    intact = [item.name for item in found if item.manifest is not None and item.manifest.step is not None]
+    unreadable = [item.name for item in found if item.manifest is None]
+    return [*unreadable, *reversed(intact)]
+
+
 def find_committed(store: Store, name: str) -> Committed | None:
     """Return the committed checkpoint of a name, or None."""
     # Race: as for the listing.

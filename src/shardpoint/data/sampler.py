@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import Sampler
 
-from shardpoint.errors import UsageError
+from shardpoint.errors import ResumeMismatchError, UsageError
 
 _STATE_FIELDS = {"seed", "epoch", "start_index", "num_samples", "shuffle"}
 
@@ -99,11 +99,25 @@ class StatefulDistributedSampler(Sampler[int]):
         self.epoch = 0
         self.start_index = 0
         self._iterated = False
+        self._num_loads = 0
 
     def __iter__(self) -> Iterator[int]:
         self._iterated = True
-        left = self._order()[self.start_index : self.start_index + self._num_left()]
-        return _every_nth_chunk(left, self.micro_batch_size, self.rank, self.num_replicas)
+        share = _every_nth_chunk(self._left(), self.micro_batch_size, self.rank, self.num_replicas)
+        return self._until_loaded(share, self._num_loads)
+
+    def peek(self, num_samples: int) -> list[int]:
+        """Return which samples the whole job consumes next, in that order, without moving; fewer at an epoch's end.
+
+        Args:
+            num_samples: how many, at most.
+
+        Raises:
+            UsageError: `num_samples` is not an integer, or is negative.
+        """
+        _check_count("num_samples", num_samples, low=0)
+        indices: list[int] = self._left()[:num_samples].tolist()
+        return indices
 
     def __len__(self) -> int:
         """Return how many samples this rank gets from the start index to the end of the epoch."""
@@ -143,6 +157,8 @@ class StatefulDistributedSampler(Sampler[int]):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a position, its seed included, that any rank of a job of any size returned.
 
+        An iterator that was made before raises `ResumeMismatchError` when it is asked for its next sample.
+
         Raises:
             UsageError: as `check_state_dict` does. The sampler is then unchanged.
         """
@@ -151,6 +167,7 @@ class StatefulDistributedSampler(Sampler[int]):
         self.epoch = state_dict["epoch"]
         self.start_index = state_dict["start_index"]
         self._iterated = False
+        self._num_loads += 1
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse what `load_state_dict` would refuse, without loading it: a resume asks before it changes anything.
@@ -177,6 +194,21 @@ class StatefulDistributedSampler(Sampler[int]):
         """Count the samples from the start index to the end, over all ranks, that will be yielded."""
         left = self.num_samples - self.start_index
         return left - left % self.batch_size if self.drop_last else left
+
+    def _left(self) -> torch.Tensor:
+        """Return what is left of the epoch's order, over all ranks, as int64 `[num_left]`."""
+        return self._order()[self.start_index : self.start_index + self._num_left()]
+
+    def _until_loaded(self, share: Iterator[int], num_loads: int) -> Iterator[int]:
+        """Yield a share for as long as no other position is loaded: it would go on from the old one, silently."""
+        for index in share:
+            if self._num_loads != num_loads:
+                text = (
+                    "this iterator was made before the sampler's position was restored, so it goes on from the old "
+                    "one: make a new iterator of the DataLoader after the resume"
+                )
+                raise ResumeMismatchError(text, differences=["data: an iterator from before the resume"])
+            yield index
 
     def _order(self) -> torch.Tensor:
         """Return the epoch's order of all samples as int64 `[num_samples]`."""

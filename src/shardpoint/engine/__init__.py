@@ -19,6 +19,7 @@ from shardpoint.engine.parts import (
 )
 from shardpoint.engine.pending import PendingSave
 from shardpoint.engine.plans import PlanCache, SavePlan
+from shardpoint.engine.recording import RunJournal
 from shardpoint.engine.results import LoadResult, SaveResult
 from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
 from shardpoint.engine.source import Source, open_committed, source_of
@@ -43,6 +44,7 @@ __all__ = [
     "PendingSave",
     "PlanCache",
     "ReadResult",
+    "RunJournal",
     "SaveAttempt",
     "SavePlan",
     "SaveRequest",
