@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import re
 import tempfile
@@ -102,22 +101,26 @@ def learning_rate_factor(step: int) -> float:
     return min((step + 1) / WARMUP_STEPS, 0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def train_step(booster: Booster, model: Any, optimizer: Any, batches: Iterator[Any], num_batches: int) -> float:
-    """Take one step on this rank's share of the micro-batches; return the loss of all of them, equal on every rank."""
-    rank, world_size = DistCoordinator().rank, DistCoordinator().world_size
-    losses = torch.zeros(num_batches, dtype=torch.float64)
+def train_step(booster: Booster, model: Any, optimizer: Any, batches: Iterator[Any], shape: tuple[int, int]) -> Any:
+    """Take one step on this rank's share of `[micro-batches, samples of one]`; return what to record, on every rank."""
+    rank, world_size, num_batches = DistCoordinator().rank, DistCoordinator().world_size, shape[0]
+    table = torch.zeros(num_batches, 1 + shape[1], dtype=torch.float64)  # of each micro-batch: loss, samples' indices
     for index in range(rank, num_batches, world_size):
         is_last = index + world_size >= num_batches
+        batch = next(batches)
+        table[index, 1:] = batch.pop("index")
         with nullcontext() if is_last else booster.no_sync(model, optimizer):
-            loss = model(**{name: values.to(model.device) for name, values in next(batches).items()}).loss
+            loss = model(**{name: values.to(model.device) for name, values in batch.items()}).loss
             # DDP and FSDP average over the ranks: scaled so, each micro-batch counts 1 / num_batches in the gradient.
             booster.backward(loss * (world_size / num_batches), optimizer)
-        losses[index] = loss.detach()
+        table[index, 0] = loss.detach()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     optimizer.step()
     optimizer.zero_grad()
     if world_size > 1:
-        dist.all_reduce(losses)  # the other ranks hold zeros in this rank's places, so the sum is exact
-    return losses.mean().item()
+        dist.all_reduce(table)  # the other ranks hold zeros in this rank's places, so the sum is exact
+    grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm  # over FSDP's shards
+    return {"loss": table[:, 0].mean().item(), "grad_norm": grad_norm, "samples": table[:, 1:].flatten().long()}
 
 
 def killing_store(root: str, rank: int, kill: str) -> FaultyStore | None:
@@ -131,7 +134,7 @@ def killing_store(root: str, rank: int, kill: str) -> FaultyStore | None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="directory of checkpoints; the losses go to ROOT.jsonl beside it")
+    parser.add_argument("--root", required=True, help="directory of checkpoints and of journal.jsonl")
     parser.add_argument("--plugin", choices=sorted(PLUGINS), default="none")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps, counted from the start of the training")
     parser.add_argument("--save-every", type=int, default=4, metavar="STEPS")
@@ -155,7 +158,8 @@ def train(args: argparse.Namespace) -> None:
         if not args.tiny and not MODEL_DIR.exists():
             convert_model()
     model, tokenizer = make_model(tiny=args.tiny)
-    samples = [encode(tokenizer, question, answer) for question, answer in questions_and_answers()]
+    pairs = enumerate(questions_and_answers())
+    samples = [{"index": torch.tensor(index), **encode(tokenizer, *pair)} for index, pair in pairs]
     size, batch_size = args.micro_batch, args.micro_batches * args.micro_batch
     steps_per_epoch = len(samples) // batch_size
     batching = {"drop_last": True, "micro_batch_size": size, "batch_size": batch_size}
@@ -174,10 +178,6 @@ def train(args: argparse.Namespace) -> None:
         run = checkpointer.resume(state)
         resumed = run.epoch * steps_per_epoch + run.step if run else 0
         coordinator.print_on_master(f"resumed from step {resumed}")
-        log = Path(f"{args.root}.jsonl")
-        if rank == 0:  # what a killed run logged after its last commit did not last
-            lines = log.read_text().splitlines() if log.exists() else []
-            log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= resumed))
         batches = None
         for done in tqdm(range(resumed, args.steps), initial=resumed, total=args.steps, disable=rank != 0):
             epoch, step = divmod(done, steps_per_epoch)  # a checkpoint's step is that within its epoch
@@ -185,13 +185,12 @@ def train(args: argparse.Namespace) -> None:
                 sampler.set_epoch(epoch)
                 sampler.set_start_index(step * batch_size)
                 batches = iter(loader)
-            loss = train_step(booster, model, optimizer, batches, args.micro_batches)
+            told = train_step(booster, model, optimizer, batches, (args.micro_batches, size))
             scheduler.step()
             sampler.set_start_index((step + 1) * batch_size)  # what all ranks have consumed, whatever was read ahead
-            if rank == 0:
-                with log.open("a") as file:
-                    file.write(json.dumps({"step": done + 1, "loss": loss}) + "\n")
-            checkpointer.save(state, epoch=epoch, step=step + 1, batch_size=batch_size, metrics={"loss": loss})
+            checkpointer.journal.record(epoch=epoch, step=step + 1, **told)
+            metrics = {"loss": told["loss"]}
+            checkpointer.save(state, epoch=epoch, step=step + 1, batch_size=batch_size, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -15,28 +15,23 @@ from shardpoint.adapters.collect import Known
 from shardpoint.adapters.exchange import GlooExchange
 from shardpoint.adapters.staging import pinning
 from shardpoint.adapters.state import RunState, TrainState, as_roles
-from shardpoint.catalog import in_order_of_trust, newer_suspects, training_checkpoints
+from shardpoint.catalog import in_order_of_trust, training_checkpoints
 from shardpoint.comm import Comm
 from shardpoint.commit import Committed, RootOwner, acquire_root, prune
 from shardpoint.engine import (
     BUDGET_BYTES,
     Arrival,
     BackgroundSaver,
-    LoadResult,
     PendingSave,
     ReplicaCheck,
-    Source,
+    RunJournal,
     StructureCache,
-    Target,
-    load,
-    load_weights_first,
-    open_committed,
     refused_request,
+    resume_named,
     run_state,
     save,
-    stored_run,
+    tell_of_suspects,
     training_request,
-    training_target,
 )
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import CheckpointError, CorruptionError, NotFoundError, UsageError
@@ -126,6 +121,7 @@ class Checkpointer:
         self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._arrival: Arrival | None = None
+        self._journal = RunJournal(self._comm, self._owned)
         self._closed = False
         opened: list[Store] = [] if store is None else [store]
 
@@ -241,6 +237,7 @@ class Checkpointer:
             run = run_state(epoch, step, batch_size)
             request = training_request(as_roles(state), self._comm, run, metrics=metrics, known=self._known)
             request = replace(request, check_replicas=self._check_replicas)
+            self._journal.look_at(as_roles(state))
         except UsageError as error:
             # Order: into the first round with it. Raised here, it would leave the other ranks waiting for this one.
             refusal, request = error, refused_request(error)
@@ -295,7 +292,9 @@ class Checkpointer:
         The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the
         one committed before it is taken, and the listener is told. A suspect one (`SaveResult.suspect`) is taken only
         where no other is intact; the listener is told of those that are passed over, and `load_checkpoint` loads any by
-        its name. The random state is restored last.
+        its name. The random state is restored last. Then all that was assigned is read back and compared: options,
+        counters, the scheduler, the samples that come next, the random state. Whatever the state or the checkpoint has
+        and the other lacks is an error, never a fresh start.
 
         Args:
             state: the live objects to fill, built as they were when saved; any number of ranks and any plugin.
@@ -311,6 +310,7 @@ class Checkpointer:
         Raises:
             MismatchError: checkpoint and state differ; nothing was changed. It lists everything.
             UsageError: something in the state cannot be loaded into.
+            ResumeMismatchError: what was put in place is not what the checkpoint holds; do not train on with it.
             CorruptionError: there are checkpoints, and none is intact.
             NotFoundError: the only ones went away while they were read.
             UnsupportedFormatError: the newest is of a newer format.
@@ -331,7 +331,7 @@ class Checkpointer:
             self._arrival.end()
             self._arrival.forget()
             self._arrival = None
-        passed_over: list[CorruptionError | NotFoundError] = []
+        passed_over: dict[str, CorruptionError | NotFoundError] = {}
         tried: set[str] = set()
         while True:
             # Order: the state is looked at in a round, so that a wrong one on one rank is an error on all of them.
@@ -348,24 +348,35 @@ class Checkpointer:
                 break
             tried.add(name)
             try:
-                run = self._load(name, as_roles(state), lazy_optimizer=lazy_optimizer)
+                run, manifest, self._arrival = resume_named(
+                    self._store,
+                    self._comm,
+                    name,
+                    as_roles(state),
+                    self._cache,
+                    pool=self._pool,
+                    listener=self._listener,
+                    own_comm=own_comm if lazy_optimizer else None,
+                )
             except CorruptionError as error:
-                passed_over.append(error)
+                passed_over[name] = error
                 self._tell("fell_back", f"{name} is corrupt, trying an earlier one: {error}", name)
                 continue
             except NotFoundError as error:
-                passed_over.append(error)
+                passed_over[name] = error
                 self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
                 continue
             self._previous_step = run.step
             if self._comm.is_coordinator:
-                self._tell_of_suspects(name)
+                tell_of_suspects(self._found, name, self._listener)
+            self._journal.begin(as_roles(state), manifest, passed_over)
             return run
         if passed_over:
             # Order: never None here. A run that started afresh on a half-filled target would not be a fresh one.
-            first = passed_over[0]
+            first = next(iter(passed_over.values()))
             first.add_note(f"none of the {len(passed_over)} checkpoints in {self._store.location} is intact")
             raise first
+        self._journal.begin(as_roles(state))
         return None
 
     def optimizer_ready(self, timeout_s: float | None = None) -> bool:
@@ -421,6 +432,7 @@ class Checkpointer:
         arrival, self._arrival = self._arrival, None
         try:
             untold = arrival.end() if arrival is not None else None
+            self._journal.close()
         finally:
             if owner is not None:
                 owner.release()
@@ -429,6 +441,16 @@ class Checkpointer:
             untold = last.failure
         if untold is not None:
             raise untold
+
+    @property
+    def journal(self) -> RunJournal:
+        """The journal of this run: `journal.record(epoch=..., step=..., loss=...)` after each step."""
+        self._check_open()
+        return self._journal
+
+    def _owned(self) -> tuple[Store, RootOwner]:
+        assert self._owner is not None  # noqa: S101 - asked on the coordinator, which owns the root until `close`
+        return self._store, self._owner
 
     def _check_open(self) -> None:
         if self._closed:
@@ -443,40 +465,6 @@ class Checkpointer:
             raise UsageError(f"resume: lazy_optimizer differs between the ranks: {list(lazy)}")
         self._found = in_order_of_trust(self._store)
         return [item.name for item in self._found]
-
-    def _tell_of_suspects(self, resumed: str) -> None:
-        for name, suspect in newer_suspects(self._found, resumed):
-            if name == resumed:
-                self._tell("resumed_suspect", f"{name} is suspect, and no other is intact: {suspect}", name)
-            else:
-                text = f"{resumed} is resumed, though {name} is newer: that is suspect ({suspect}). Load it by its name"
-                self._tell("passed_over_suspect", f"{text} (load_checkpoint) to go on from it all the same", name)
-
-    def _load(self, name: str, roles: Mapping[str, TrainState], *, lazy_optimizer: bool) -> RunState:
-        run: RunState | None = None
-
-        def open_source() -> Source:
-            return open_committed(self._store, name)
-
-        def prepare(source: Source) -> Target:
-            nonlocal run
-            run = stored_run(source)
-            return training_target(source, roles, self._comm, self._listener, lazy_optimizer=lazy_optimizer)
-
-        result: LoadResult
-        if lazy_optimizer:
-            result, self._arrival = load_weights_first(
-                self._comm, own_comm, open_source, prepare, self._cache, pool=self._pool
-            )
-        else:
-            result = load(self._comm, open_source, prepare, self._cache, pool=self._pool)
-        assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
-        text = (
-            f"resumed {name} of {self._store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"
-        )
-        if self._comm.is_coordinator:
-            self._listener(Event("loaded", text, name))
-        return run
 
     def _prune(self) -> bool:
         assert self._owner is not None  # noqa: S101 - runs on the coordinator, which owns the root until `close`

@@ -1,4 +1,4 @@
-"""What the command line offers: list a root, show a checkpoint, verify bytes; without torch.
+"""What the command line offers: list a root, show a checkpoint, verify bytes, audit a run; without torch.
 
 Exit codes are those of the error classes: 0 all is well, 2 usage, 10 not found, 12 never committed, 20 corrupt, and so
 on. `--json` prints one JSON object whose fields are stable: they are listed in docs/reference/cli.md.
@@ -221,6 +221,26 @@ def verify_command(
         raise typer.Exit(UnsupportedFormatError.exit_code)
 
 
+@app.command("audit")
+def audit_command(
+    root: Annotated[Path, typer.Argument(help="A directory of checkpoints whose run wrote a journal.")],
+    against: Annotated[Path | None, typer.Option(help="Another root, whose run should have done the same.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the steps that a run did more than once, and name the first thing that differs."""
+    from shardpoint.audit import audit_root
+    from shardpoint.storage import LocalStore
+
+    report = audit_root(LocalStore(root), None if against is None else LocalStore(against))
+    if as_json:
+        _print_json({"root": str(root), **report.as_json()})
+    else:
+        for line in report.lines():
+            _echo(line)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _verdict(report: Report) -> str:
     if report.ok:
         return "ok"
@@ -228,7 +248,7 @@ def _verdict(report: Report) -> str:
 
 
 def main() -> None:
-    """Run the command line: `shardpoint ls|show|verify`."""
+    """Run the command line: `shardpoint ls|show|verify|audit`."""
     try:
         app()
     except CheckpointError as error:

@@ -14,6 +14,7 @@ CheckpointError(Exception)                       exit 1
 |   `-- TruncatedError
 |-- UnsupportedFormatError                       exit 21
 |-- MismatchError                                exit 22
+|-- ResumeMismatchError                          exit 23   what was restored is not what was saved
 |-- StorageError(OSError)                        exit 30
 |-- TornSnapshotError                            exit 14   weights changed while they were staged; nothing was committed
 |-- SaveCancelledError                           exit 15   a rank asked to give the save up; nothing was committed
@@ -190,6 +191,26 @@ class MismatchError(CheckpointError):
     def details(self) -> dict[str, Any]:
         """Return the attributes beyond the message, as JSON values."""
         return {"missing": self.missing, "unexpected": self.unexpected, "mismatched": self.mismatched}
+
+
+class ResumeMismatchError(CheckpointError):
+    """What a resume put in place is not what the checkpoint holds, or the data do not go on where they stopped.
+
+    The target has been changed: do not train on with it.
+
+    Attributes:
+        differences: one line for each thing.
+    """
+
+    exit_code = 23
+
+    def __init__(self, message: str, *, differences: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.differences = list(differences or [])
+
+    def details(self) -> dict[str, Any]:
+        """Return the attributes beyond the message, as JSON values."""
+        return {"differences": self.differences}
 
 
 class StorageError(CheckpointError, OSError):

@@ -9,12 +9,21 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+from shardpoint import Checkpointer, TrainState
+from shardpoint.audit import AuditReport, audit_root
+from shardpoint.storage import LocalStore
 
 SFT = Path(__file__).parents[2] / "examples" / "sft.py"
 
@@ -39,11 +48,25 @@ def train(root: Path, *options: str, ranks: int = 1) -> int:
     return int(line.rpartition(" ")[2])
 
 
-def losses_of(root: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in Path(f"{root}.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines}
-    assert len(losses) == len(lines)
+def losses_of(root: Path) -> dict[tuple[int, int], float]:
+    """Return what counts in the end: a life takes back what came after the checkpoint that it resumed from."""
+    losses: dict[tuple[int, int], float] = {}
+    for line in map(json.loads, (root / "journal.jsonl").read_text().splitlines()):
+        if line["kind"] == "life":
+            origin = line["resumed_from"] or {"epoch": 0, "step": 0}
+            losses = {at: loss for at, loss in losses.items() if at <= (origin["epoch"], origin["step"])}
+        else:
+            assert (line["epoch"], line["step"]) not in losses
+            losses[line["epoch"], line["step"]] = line["loss"]
     return losses
+
+
+def audit(root: Path) -> AuditReport:
+    return audit_root(LocalStore(root))
+
+
+def steps_of(root: Path) -> list[int]:
+    return [step for _, step in losses_of(root)]
 
 
 def committed(root: Path) -> list[str]:
@@ -55,7 +78,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps on two FSDP ranks, every second one saved."""
     root = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert train(root, "--plugin", "fsdp", "--steps", "6", "--save-every", "2", ranks=2) == 0
-    assert list(losses_of(root)) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(root) == [1, 2, 3, 4, 5, 6]
     assert committed(root) == ["epoch-0_step-2", "epoch-0_step-4", "epoch-0_step-6"]
     return root
 
@@ -68,12 +91,23 @@ def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_happened(uninterrupted
     result = run_sft(root, *options, "--kill", "rank=0,step=4", ranks=2)
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr
-    assert list(losses_of(root)) == [1, 2, 3, 4]
+    assert steps_of(root) == [1, 2, 3, 4]
     assert committed(root) == ["epoch-0_step-2"]
     assert not (root / "epoch-0_step-4").exists()
     assert list((root / ".shardpoint").glob("*/*epoch-0_step-4*"))
+    alone = shutil.copytree(root, tmp_path / "alone")
     assert train(root, *options, ranks=2) == 2
     assert losses_of(root) == losses_of(uninterrupted)
+    report = audit(root)
+    assert report.ok
+    assert [compared.message for compared in report.comparisons] == ["bit-exact for steps 3-4"]
+    assert audit_root(LocalStore(root), LocalStore(uninterrupted)).num_compared == 2 + 6
+    assert train(alone, "--steps", "6") == 2
+    (compared,) = audit(alone).comparisons
+    assert compared.difference is not None
+    assert compared.difference.cause == "topology"
+    assert "not comparable bit for bit: 2 ranks then, 1 now" in compared.message
+    assert compared.largest_relative <= 1e-5
     assert committed(root) == committed(uninterrupted)
     assert not list((root / ".shardpoint").glob("*/*epoch-0_step-4*"))
 
@@ -87,8 +121,105 @@ def test_a_checkpoint_is_resumed_by_another_plugin_on_other_ranks(
     shutil.copytree(uninterrupted / "epoch-0_step-4", root / "epoch-0_step-4")
     assert train(root, "--plugin", plugin, "--steps", "6", ranks=ranks) == 4
     losses, expected = losses_of(root), losses_of(uninterrupted)
-    assert list(losses) == [5, 6]
+    assert steps_of(root) == [5, 6]
     assert losses == pytest.approx({step: expected[step] for step in losses}, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its save of step 8, after one of step 4."""
+    root = tmp_path_factory.mktemp("runs") / "killed"
+    result = run_sft(root, "--kill", "rank=0,step=8")
+    assert result.returncode == -signal.SIGKILL
+    assert committed(root) == ["epoch-0_step-4"]
+    assert steps_of(root) == [1, 2, 3, 4, 5, 6, 7, 8]
+    return root
+
+
+def draw(state: TrainState) -> None:
+    del state
+    torch.rand(1)
+
+
+def reset_optimizer(state: TrainState) -> None:
+    assert state.optimizer is not None
+    state.optimizer.state.clear()
+
+
+def forget_moments(state: TrainState) -> None:
+    assert state.optimizer is not None
+    for values in state.optimizer.state.values():
+        values["exp_avg"].zero_()
+
+
+def raise_learning_rate(state: TrainState) -> None:
+    state.lr_scheduler.base_lrs = [rate * 1.001 for rate in state.lr_scheduler.base_lrs]
+
+
+def reseed(state: TrainState) -> None:
+    state.sampler.seed = 1
+
+
+def change_weights(state: TrainState) -> None:
+    with torch.no_grad():
+        next(state.model.parameters()).add_(1e-3)
+
+
+def skip_sample(state: TrainState) -> None:
+    share = type(state.sampler).__iter__
+
+    class Skipping(type(state.sampler)):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[int]:
+            return islice(share(self), 1, None)
+
+    state.sampler.__class__ = Skipping
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "sabotage, cause, step, text",
+    [
+        (None, None, 0, "bit-exact for steps 5-8"),
+        (draw, "rng", 5, "random state"),
+        (reset_optimizer, "optimizer", 5, "5 steps then, 1 now"),
+        (forget_moments, "optimizer", 6, "the update after step 5 went another way"),
+        (raise_learning_rate, "optimizer", 5, "the learning rate is"),
+        (reseed, "data", 5, "the samples ["),
+        (skip_sample, "data", 5, "the samples ["),
+        (change_weights, "loss", 5, "other weights"),
+    ],
+    ids=["none", "rng", "reset", "moments", "rate", "seed", "skip", "weights"],
+)
+def test_the_audit_names_what_a_resume_did_wrong(
+    sabotage: Callable[[TrainState], None] | None,
+    cause: str | None,
+    step: int,
+    text: str,
+    killed: Path,
+    sft: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Sabotaged(Checkpointer):
+        def resume(self, state: Any, **options: Any) -> Any:
+            run = super().resume(state, **options)
+            if sabotage is not None:
+                sabotage(state)
+            return run
+
+    root = shutil.copytree(killed, tmp_path / "root")
+    monkeypatch.setattr(sft, "Checkpointer", Sabotaged)
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--tiny", "--root", str(root), "--steps", "9"])
+    sft.train(sft.parse_arguments())
+    report = audit(root)
+    (compared,) = report.comparisons
+    assert text in compared.message
+    assert (compared.first, compared.last) == ((0, 5), (0, 8))
+    found = None if compared.difference is None else (compared.difference.cause, compared.difference.step)
+    assert found == (None if cause is None else (cause, step))
+    assert report.ok == (sabotage is None)
+    # The checkpoint itself said which samples would come after it.
+    assert any(finding.kind == "next_samples" for finding in report.findings) == (cause == "data")
 
 
 def test_a_run_resumes_within_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
@@ -102,6 +233,10 @@ def test_a_run_resumes_within_and_at_the_end_of_an_epoch(tmp_path: Path) -> None
     assert committed(parts) == ["epoch-0_step-11", "epoch-1_step-3", "epoch-1_step-6"]
     assert train(parts, *options, "--steps", "25") == 17
     assert losses_of(parts) == losses_of(whole)
+    report = audit(parts)
+    assert report.ok, report.findings
+    assert report.num_compared == 1  # step 7 of epoch 1 had no checkpoint
+    assert report.notes == [f"epoch {n}: its last 8 samples fill no step, and were left out" for n in (0, 1)]
 
 
 def test_no_plugin_on_two_ranks_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ SAMPLES: dict[str, CheckpointError] = {
     "MismatchError": errors.MismatchError(
         "differs", missing=["a"], unexpected=["b", "c"], mismatched=["d: [2] vs [3]"]
     ),
+    "ResumeMismatchError": errors.ResumeMismatchError("not what was saved", differences=["a: 1 then, 2 now", "b"]),
     "StorageError": errors.StorageError("no space", key="epoch-0_step-1/x", op="pwrite", retryable=True, errno=28),
     "PeerError": errors.PeerError("2 ranks failed", failures={3: FAILURE, 1: FAILURE}),
     "CollectiveTimeout": errors.CollectiveTimeout("silent", waiting_for=[1, 5]),

@@ -140,7 +140,7 @@ def test_a_frozen_model_that_changed_is_written_and_told(tmp_path: Path, *, asyn
     with Checkpointer(tmp_path, listener=told.append, async_save=async_save) as checkpointer:
         save(checkpointer, roles, 1)
         with torch.no_grad():
-            roles["reference"].model.head.weight[0, 1] += 1.0  # type: ignore[operator, index, union-attr]  # a Linear
+            roles["reference"].model.head.weight[0, 1] += 1.0  # type: ignore[index, operator, union-attr]  # a Linear
         save(checkpointer, roles, 2)
         save(checkpointer, roles, 3)
     (event,) = [event for event in told if event.kind == "frozen_changed"]
@@ -333,7 +333,7 @@ def test_nan_in_a_frozen_model_is_told_whether_its_file_is_written_or_linked(
 ) -> None:
     roles = made(1)
     with torch.no_grad():
-        roles["reference"].model.head.weight[0, 1] = torch.nan  # type: ignore[operator, index, union-attr]  # a Linear
+        roles["reference"].model.head.weight[0, 1] = torch.nan  # type: ignore[operator, union-attr]  # a Linear
     with Checkpointer(tmp_path, async_save=async_save) as checkpointer:
         for number in (1, 2):
             pending = checkpointer.save(roles, epoch=0, step=number, batch_size=4)

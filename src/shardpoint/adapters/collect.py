@@ -6,7 +6,7 @@ The same walk serves both ways: a save reads the tensors that it names, a load f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,6 +112,7 @@ class Collected:
         problems: for a load, what does not fit on this rank.
         missing: for a load, what this rank has beside its tensors and the checkpoint lacks.
         unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
+        checks: for a load, tell how what was put in place differs from the checkpoint, one line each.
         known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
         frozen: for a save, the parts of which nothing is expected to change.
@@ -128,6 +129,7 @@ class Collected:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    checks: list[Callable[[], Iterable[str]]] = field(default_factory=list)
     known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)

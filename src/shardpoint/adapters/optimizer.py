@@ -235,7 +235,7 @@ class OptimizerTarget:
             live = self.optimizer.state.get(parameter, {}).get(tensor.state)
             value = tensor.tensor
             # An optimizer that keeps plain tensors beside sharded parameters goes on with plain ones.
-            if isinstance(live, torch.Tensor) and _same_memory(live, value):
+            if isinstance(live, torch.Tensor) and same_memory(live, value):
                 value = live
             elif _is_plain_shard(live, parameter) and live.dtype == value.dtype:
                 value = local_tensor(value)
@@ -255,7 +255,8 @@ class OptimizerTarget:
         _incomplete.pop(self.optimizer, None)
 
 
-def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Tell whether two tensors' local parts are the same memory in the same shape and dtype."""
     one, other = local_tensor(first), local_tensor(second)
     return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
@@ -395,6 +396,8 @@ def _match_groups(target: OptimizerTarget) -> None:
 
 def unplaced_members(document: Mapping[str, Any], part: str, members: frozenset[tuple[str, str]]) -> Iterator[str]:
     """Yield what the checkpoint's groups have and no rank's optimizer has."""
+    if not any(group["params"] for group in document["groups"]):
+        yield f"{part}: the optimizer was saved without a parameter in any group: it never trained anything"
     for group in document["groups"]:
         for name in group["params"]:
             if (part, name) not in members:

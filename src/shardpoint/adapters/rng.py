@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from shardpoint.adapters.tensors import from_raw, raw_tensor
+from shardpoint.checksum import crc64, to_hex
 from shardpoint.errors import ManifestError
+from shardpoint.manifest import encode_document
 
 
 def read_rng() -> dict[str, Any]:
@@ -51,6 +53,38 @@ def write_rng(state: dict[str, Any], key: str) -> None:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         text = f"{key} is not a random state: {error!r}"
         raise ManifestError(text, key=key) from error
+
+
+def rng_digest() -> str:
+    """Return the CRC-64/NVME of this process's random state, as 16 hex digits; it draws nothing."""
+    _, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - as above
+    crc = crc64(np.array(words, dtype=np.uint32).tobytes())
+    crc = crc64(np.ascontiguousarray(legacy["state"]["key"]).tobytes(), crc)
+    rest = (gauss, legacy["state"]["pos"], legacy["has_gauss"], legacy["gauss"])
+    crc = crc64(repr(rest).encode(), crc)
+    crc = crc64(torch.get_rng_state().numpy().tobytes(), crc)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        crc = crc64(torch.cuda.get_rng_state().numpy().tobytes(), crc)
+    return to_hex(crc)
+
+
+def rng_differences(stored: dict[str, Any], key: str) -> list[str]:
+    """Return in what this process's random state differs from a stored one, one line for each generator.
+
+    Args:
+        stored: what `read_rng` returned.
+        key: the document, for the lines.
+    """
+    live = read_rng()
+    names = [
+        name for name in ("python", "numpy", "torch", "cuda") if live[name] is not None and stored[name] is not None
+    ]
+    return [
+        f"{key}: the random state of {name} is not the one that was saved"
+        for name in names
+        if encode_document(live[name]) != encode_document(stored[name])
+    ]
 
 
 def derive_rng(document: bytes, rank: int) -> None:

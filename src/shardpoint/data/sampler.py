@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import Sampler
 
-from shardpoint.errors import UsageError
+from shardpoint.errors import ResumeMismatchError, UsageError
 
 _STATE_FIELDS = {"seed", "epoch", "start_index", "num_samples", "shuffle"}
 _SHARE_FIELDS = {"seed", "epoch", "start_index", "num_replicas", "micro_batch_size", "num_yielded"}
@@ -105,6 +105,7 @@ class StatefulDistributedSampler(Sampler[int]):
         self.batch_size = batch_size
         self.epoch = 0
         self.start_index = 0
+        self._num_loads = 0
         self._first_index = 0  # where the batches of this epoch are counted from
         self._epoch_is_known = False  # else an index that is given is that of the epoch that is named afterwards
         self._epoch_is_chosen = False  # by `set_epoch`, for the iteration that comes next
@@ -228,6 +229,8 @@ class StatefulDistributedSampler(Sampler[int]):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a position, its seed included, that any rank of a job of any size returned.
 
+        An iterator that was made before raises `ResumeMismatchError` when it is asked for its next sample.
+
         Raises:
             UsageError: as `check_state_dict` does. The sampler is then unchanged.
         """
@@ -236,6 +239,7 @@ class StatefulDistributedSampler(Sampler[int]):
         self.epoch = state_dict["epoch"]
         self.start_index = self._first_index = state_dict["start_index"]
         self._epoch_is_known, self._epoch_is_chosen = True, False
+        self._num_loads += 1
 
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Refuse what `load_state_dict` would refuse, without loading it: a resume asks before it changes anything.
@@ -350,6 +354,7 @@ class _Share(Iterator[int]):
         self._seed, self._epoch = sampler.seed, sampler.epoch
         self.start_index = sampler.start_index
         self._num_yielded = 0
+        self._num_loads = 0
         self._order: torch.Tensor | None = None
         self._micro_batch: list[int] = []
 
@@ -363,6 +368,13 @@ class _Share(Iterator[int]):
         if self._order is None:
             sampler._open(self)  # noqa: SLF001 - as above
             self._order = sampler._order(self._seed, self._epoch)  # noqa: SLF001 - as above
+            self._num_loads = sampler._num_loads  # noqa: SLF001 - as above
+        if self._num_loads != sampler._num_loads:  # noqa: SLF001 - as above
+            text = (
+                "this iterator was made before the sampler's position was restored, so it goes on from the old one: "
+                "make a new iterator of the DataLoader after the resume"
+            )
+            raise ResumeMismatchError(text, differences=["data: an iterator from before the resume"])
         turn, within = divmod(self._num_yielded, sampler.micro_batch_size)
         if not within or not self._micro_batch:
             begin = self.start_index + (turn * sampler.num_replicas + sampler.rank) * sampler.micro_batch_size
@@ -398,6 +410,7 @@ class _Share(Iterator[int]):
         self._seed, self._epoch = state_dict["seed"], state_dict["epoch"]
         self.start_index, self._num_yielded = start, num_yielded
         self._order, self._micro_batch = self._sampler._order(self._seed, self._epoch), []  # noqa: SLF001 - as above
+        self._num_loads = self._sampler._num_loads  # noqa: SLF001 - as above
 
 
 def _base_seeds_were_drawn(before: torch.Tensor) -> bool:

@@ -19,7 +19,9 @@ from shardpoint.engine.parts import (
 )
 from shardpoint.engine.pending import PendingSave
 from shardpoint.engine.plans import PlanCache, SavePlan
+from shardpoint.engine.recording import RunJournal
 from shardpoint.engine.results import LoadResult, SaveResult
+from shardpoint.engine.resuming import resume_named, tell_of_suspects
 from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
 from shardpoint.engine.source import Source, open_committed, source_of
 from shardpoint.engine.structure import StructureCache
@@ -44,6 +46,7 @@ __all__ = [
     "PlanCache",
     "ReadResult",
     "ReplicaCheck",
+    "RunJournal",
     "SaveAttempt",
     "SavePlan",
     "SaveRequest",
@@ -63,6 +66,7 @@ __all__ = [
     "open_checkpoint",
     "open_committed",
     "refused_request",
+    "resume_named",
     "run_state",
     "running_states",
     "save",
@@ -75,6 +79,7 @@ __all__ = [
     "save_optimizer_file",
     "source_of",
     "stored_run",
+    "tell_of_suspects",
     "training_request",
     "training_target",
 ]

@@ -22,7 +22,17 @@ from shardpoint.adapters.collect import (
     scheduler_state,
 )
 from shardpoint.adapters.names import NamedModule, name_tensors
-from shardpoint.adapters.rng import derive_rng, read_rng, write_rng
+from shardpoint.adapters.restored import (
+    next_samples,
+    next_samples_differences,
+    option_differences,
+    position_problem,
+    sampler_differences,
+    scheduler_differences,
+    state_differences,
+    steps_another,
+)
+from shardpoint.adapters.rng import derive_rng, read_rng, rng_differences, write_rng
 from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.adapters.tensors import live_values
 from shardpoint.comm import Comm
@@ -30,12 +40,16 @@ from shardpoint.engine.feeding import check_fit, put_back, watch_samplers
 from shardpoint.engine.load import Target
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.source import Source
-from shardpoint.errors import ManifestError, UnsupportedFormatError, UsageError
+from shardpoint.errors import ManifestError, ResumeMismatchError, UnsupportedFormatError, UsageError
 from shardpoint.events import Event, Listener
-from shardpoint.manifest import decode_document, encode_document
+from shardpoint.manifest import NEXT_SAMPLES_NAME, decode_document, encode_document
 
 RUNNING_STATES_NAME = "running_states.json"
 RNG_DIRECTORY = "rng"
+
+_OTHERS_SCHEDULER = (
+    "the scheduler sets the learning rate of another optimizer than the state's: make it from that optimizer"
+)
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -110,6 +124,12 @@ def training_request(
 
     def collect() -> Collected:
         collected = collect_roles(roles, comm.rank, is_coordinator=comm.is_coordinator, known=known)
+        for role, state in roles.items():
+            _check_state(role, state, run)
+            following = join(role, "data", NEXT_SAMPLES_NAME)
+            data = next_samples(state.sampler, following)
+            if data is not None:
+                collected.documents[following] = data
         # The random state is read last, so that nothing in the walk above draws from it afterwards.
         collected.rank_documents[rank_document(RNG_DIRECTORY, comm.rank)] = encode_document(read_rng())
         return collected
@@ -117,6 +137,19 @@ def training_request(
     name = checkpoint_name(run.epoch, run.step)
     request = SaveRequest(name, collect, run, list(roles), checked_metrics(metrics))
     return replace(request, documents={RUNNING_STATES_NAME: running_states(run)})
+
+
+def _check_state(role: str, state: TrainState, run: RunState) -> None:
+    """Refuse to save what could not be resumed truly.
+
+    Raises:
+        UsageError: the scheduler is another optimizer's, or the sampler was never moved.
+    """
+    if state.optimizer is not None and steps_another(state.lr_scheduler, state.optimizer):
+        raise UsageError(f"{join(role, 'lr_scheduler')}: {_OTHERS_SCHEDULER}")
+    problem = position_problem(state.sampler.state_dict(), run) if state.sampler is not None else None
+    if problem is not None:
+        raise UsageError(f"{join(role, 'sampler')}: {problem}")
 
 
 def stored_run(source: Source) -> RunState:
@@ -185,25 +218,48 @@ def training_target(
         behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
         _add_scheduler(source, role, state, collected, installs, optional)
         installs += _carried(source, role, state, collected, comm, optional)
+        _check_sampler(source, role, state, collected, comm)
     if not partial:
         collected.unexpected += optional
-    if random_state:
-        installs += _random_state(source, comm, listener)
-        if comm.is_coordinator:
-            installs += watch_samplers(roles, source.manifest.name, listener)
-
     options = [optimizer.install_options for optimizer in collected.optimizers]
     states = [optimizer.install_states for optimizer in collected.optimizers]
-    everything = frozenset(parts | behind)
+    same_options = [functools.partial(option_differences, optimizer) for optimizer in collected.optimizers]
+    same_states = [functools.partial(state_differences, optimizer) for optimizer in collected.optimizers]
+    checks: list[Callable[[], Iterable[str]]] = [*same_options, *collected.checks]
+    if random_state:
+        # Order: put back last, and looked at last: whatever a check above draws from it is noticed.
+        put_back, unchanged = _random_state(source, comm, listener)
+        installs += put_back
+        checks += unchanged
+        if comm.is_coordinator:
+            installs += watch_samplers(roles, source.manifest.name, listener)
+    everything, name = frozenset(parts | behind), source.manifest.name
     if lazy_optimizer:
-        first, second = functools.partial(_call_all, [*options, *installs]), functools.partial(_call_all, states)
+        first = functools.partial(_install, name, [*options, *installs], checks)
+        second = functools.partial(_install, name, states, same_states)
         return Target(collected, everything, first, frozenset(behind), second)
-    return Target(collected, everything, functools.partial(_call_all, [*options, *states, *installs]))
+    return Target(
+        collected,
+        everything,
+        functools.partial(_install, name, [*options, *states, *installs], [*same_states, *checks]),
+    )
 
 
-def _call_all(calls: Iterable[Callable[[], None]]) -> None:
+def _install(name: str, calls: Iterable[Callable[[], None]], checks: Iterable[Callable[[], Iterable[str]]]) -> None:
+    """Put everything in place, then look whether it is there.
+
+    Raises:
+        ResumeMismatchError: something is not what the checkpoint holds.
+    """
     for call in calls:
         call()
+    differences = [difference for check in checks for difference in check()]
+    if differences:
+        text = (
+            f"{name} was restored, but the state is not what it holds: {'; '.join(differences[:5])}"
+            f"{f'; and {len(differences) - 5} more' if len(differences) > 5 else ''}. Do not train on with it"  # noqa: PLR2004
+        )
+        raise ResumeMismatchError(text, differences=differences)
 
 
 def is_foreign(source: Source) -> bool:
@@ -289,7 +345,10 @@ def _add_scheduler(
     values, problem = scheduler_state(state.lr_scheduler, data, path)
     if problem is not None:
         collected.problems.append(problem)
+    if state.optimizer is not None and steps_another(state.lr_scheduler, state.optimizer):
+        collected.problems.append(f"{path}: {_OTHERS_SCHEDULER}")
     installs.append(lambda: state.lr_scheduler.load_state_dict(values))
+    collected.checks.append(lambda: scheduler_differences(state.lr_scheduler, data, path))
 
 
 def _rank_documents(source: Source, directory: str) -> list[str]:
@@ -356,23 +415,48 @@ def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
     target.update(values)
 
 
-def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callable[[], None]]:
+def _check_sampler(source: Source, role: str, state: TrainState, collected: Collected, comm: Comm) -> None:
+    """Note what is wrong with a stored position, and have it looked at again once the sampler is restored."""
+    directory = join(role, "data")
+    stored = [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
+    if state.sampler is None or not stored:
+        return
+    own = rank_document(directory, comm.rank)
+    path = own if own in stored else stored[0]  # on another number of ranks only one that is the same on all is loaded
+    values = decode_document(source.document(path) or b"", path)
+    problem = position_problem(values, stored_run(source)) if source.manifest.step is not None else None
+    if problem is not None:
+        collected.problems.append(f"{directory}: {problem}")
+    collected.checks.append(lambda: sampler_differences(state.sampler, values, path))
+    following = join(directory, NEXT_SAMPLES_NAME)
+    upcoming = source.document(following)
+    if upcoming is not None:
+        collected.checks.append(lambda: next_samples_differences(state.sampler, upcoming, following))
+
+
+def _random_state(
+    source: Source, comm: Comm, listener: Listener
+) -> tuple[list[Callable[[], None]], list[Callable[[], Iterable[str]]]]:
+    """Return what puts this rank's random state back, and what tells whether it still stands there."""
     path = rank_document(RNG_DIRECTORY, comm.rank)
     data = source.document(path)
     if data is not None:
         state = decode_document(data, path)
-        return [lambda: write_rng(state, path)]
+        return [lambda: write_rng(state, path)], [lambda: rng_differences(state, path)]
     first = source.document(rank_document(RNG_DIRECTORY, 0))
     if first is None:
-        return []
+        return [], []
     text = (
         f"rank {comm.rank} was not there when {source.manifest.name} was saved by {source.manifest.world_size} ranks: "
         "its random state is derived from rank 0's"
     )
     event = Event("rng_derived", text, source.manifest.name, logging.WARNING)
 
+    derived: dict[str, object] = {}
+
     def derive() -> None:
         derive_rng(first, comm.rank)
+        derived.update(read_rng())
         listener(event)
 
-    return [derive]
+    return [derive], [lambda: rng_differences(derived, f"the derived state of rank {comm.rank}")]

@@ -21,6 +21,7 @@ from shardpoint.errors import ChecksumError, ManifestError, TruncatedError, Unsu
 from shardpoint.manifest.codec import parse_strict_json
 
 MANIFEST_NAME = "shardpoint.json"
+NEXT_SAMPLES_NAME = "next.json"
 FORMAT_NAME = "shardpoint"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 1
 
