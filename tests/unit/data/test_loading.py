@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,11 @@ from shardpoint.errors import UsageError
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
 def test_opening_it_draws_nothing(kind: Any) -> None:
     model = torch.nn.Linear(1, 1)
-    for make in (with_own_generator, lambda loader: Booster().boost(model, dataloader=loader)[3]):
+    makes: list[Callable[[Any], Any]] = [
+        with_own_generator,
+        lambda loader: Booster().boost(model, dataloader=loader)[3],
+    ]
+    for make in makes:
         bare = kind(range(6), batch_size=2)
         before = torch.get_rng_state()
         assert torch.equal(torch.cat(list(bare)), torch.arange(6))
@@ -32,9 +37,8 @@ def test_its_seed_is_the_users() -> None:
     def seed(given: int) -> int:
         torch.manual_seed(given)
         torch.rand(given)  # what is drawn before does not matter
-        generator = with_own_generator(DataLoader(range(2))).generator  # type: ignore[arg-type]
-        assert generator is not None
-        return generator.initial_seed()
+        loader: Any = with_own_generator(DataLoader(range(2)))  # type: ignore[arg-type]
+        return int(loader.generator.initial_seed())
 
     assert seed(1) == seed(1) != seed(2)
 
@@ -58,7 +62,7 @@ def test_what_loaders_drew_from_a_restored_random_state_is_told(draws: int) -> N
     for start, num_told in ((4, int(draws > 0)), (0, 0)):  # at an epoch's begin the uninterrupted run draws as well
         sampler.set_start_index(start)
         sampler.watch_random_state(told.append)
-        loaders = [DataLoader(range(12), sampler=sampler) for _ in range(max(draws, 1))]  # type: ignore[arg-type]
+        loaders: list[Any] = [DataLoader(range(12), sampler=sampler) for _ in range(max(draws, 1))]  # type: ignore[arg-type]
         opened = [iter(loader if draws else with_own_generator(loader)) for loader in loaders]
         assert not told
         for batches in opened:

@@ -181,7 +181,7 @@ def test_training_on_nothing_is_refused() -> None:
     ):
         next(iter(sampler))  # a loop without set_epoch
     sampler.load_state_dict(sampler.state_dict())
-    loader = DataLoader(range(10), batch_size=4, sampler=sampler)  # type: ignore[arg-type]
+    loader: Any = DataLoader(range(10), batch_size=4, sampler=sampler)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="nothing is left"):
         list(loader)
     sampler.set_epoch(1)

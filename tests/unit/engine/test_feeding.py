@@ -80,10 +80,10 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        return bool(one.dtype == other.dtype and torch.equal(one, other))
     if isinstance(one, np.ndarray | np.generic):
-        return one.dtype == other.dtype and one.tobytes() == other.tobytes()
-    return one == other or (one != one and other != other)  # noqa: PLR0124 - NaN
+        return bool(one.dtype == other.dtype and one.tobytes() == other.tobytes())
+    return bool(one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -162,7 +162,7 @@ def test_what_a_document_cannot_hold_is_named_with_its_place(num_workers: int, t
 
 
 def test_what_has_no_state_is_refused(tmp_path: Path) -> None:
-    loader = torch.utils.data.DataLoader(SAMPLES)  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader(SAMPLES)  # type: ignore[arg-type]
     model = torch.nn.Linear(1, 1)
     with Checkpointer(tmp_path) as checkpointer:
         with pytest.raises(UsageError, match=r"data/rank-00000.json: a DataLoader has no state_dict: give the sampler"):
@@ -189,7 +189,7 @@ def test_only_what_counts_for_the_whole_job_goes_on_on_other_ranks() -> None:
     check_fit(made("sampler", **rare), stopped(made("sampler", **rare), 2), 2, 3)
     with pytest.raises(UsageError, match="between two of its snapshots"):
         check_fit(made("sampler", **rare), stopped(made("sampler", **rare)), 2, 3)
-    theirs = TorchdataSampler(SAMPLES, 2, 0)  # type: ignore[arg-type]
+    theirs = TorchdataSampler(SAMPLES, 2, 0)
     check_fit(theirs, theirs.state_dict(), 2, 2)
     with pytest.raises(UsageError, match=r"torchdata\S+StatefulDistributedSampler counts the samples of one rank"):
         check_fit(theirs, theirs.state_dict(), 2, 3)
