@@ -1,7 +1,7 @@
 """What does Shardpoint promise, and does it hold on this machine? The five results that `make demo` shows.
 
 Each is obtained by running `examples/sft.py` as a user would, on 2 FSDP ranks on the CPU, and is checked from outside:
-by exit codes, by the files, and by the losses as they were logged. It empties `demo/runs`, fills it again (8 GB in the
+by exit codes, by the files, and by the losses in the runs' journals. It empties `demo/runs`, fills it again (8 GB in the
 end), and leaves the log of every run in `demo/logs`.
 """
 
@@ -25,6 +25,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from shardpoint.journal import as_float, read_journal, timeline
+from shardpoint.storage import LocalStore
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
@@ -94,7 +97,7 @@ def train(name: str, root: Path, *options: str, ranks: int = 2, survives: bool =
     )
     settings = ["--root", str(root), "--steps", str(NUM_STEPS), "--save-every", str(SAVE_EVERY), "--keep", "2"]
     settings += ["--micro-batches", "2", "--micro-batch", "2"]  # fewer and larger ones are quicker on 2 cores
-    code, output = call(name, [*launch, *settings, *options], watch=Path(f"{root}.jsonl"))
+    code, output = call(name, [*launch, *settings, *options], watch=root / "journal.jsonl")
     own_output = output.partition("torch/distributed/elastic/")[
         0
     ]  # then torchrun reports, at length, that a rank failed
@@ -103,12 +106,21 @@ def train(name: str, root: Path, *options: str, ranks: int = 2, survives: bool =
     return output
 
 
-def losses_of(log: Path) -> dict[int, float]:
-    """Return step -> loss as logged (a float's JSON text gives back its every bit)."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines}
-    require(len(losses) == len(lines), f"{log} has a step twice")
+def losses_of(root: Path) -> dict[int, float]:
+    """Return step -> loss as the run's journal has it, every bit; of steps done more than once the last."""
+    counting = timeline(read_journal(LocalStore(root)).lives)
+    losses = {step.step: as_float(step.loss) for step, _ in counting}
+    require(len(losses) == len(counting), f"the journal of {root} has a step twice")
     return losses
+
+
+def audit_of(name: str, root: Path) -> str:
+    """Return what `shardpoint audit` says of the last life of a run."""
+    code, output = call(f"{name}-audit", [str(Path(sys.executable).parent / "shardpoint"), "audit", str(root)])
+    lines = [line for line in output.splitlines() if " against " in line]
+    require(lines, f"the audit compared nothing: {output}")
+    require(code == 0, f"the audit ended with exit code {code}: {output}")
+    return lines[-1].rpartition(": ")[2]
 
 
 def committed_steps(root: Path) -> list[int]:
@@ -128,7 +140,7 @@ def uninterrupted() -> str:
     root = RUNS / "a"
     output = train("a", root)
     require("resumed from step 0" in output, "it did not start afresh")
-    losses = losses_of(Path(f"{root}.jsonl"))
+    losses = losses_of(root)
     require(list(losses) == list(range(1, NUM_STEPS + 1)), f"the log has the steps {list(losses)}")
     require(committed_steps(root) == [8, 12], f"the committed steps are {committed_steps(root)}, not the last two")
     begin, end = (sum(losses[step] for step in steps) / 4 for steps in (range(1, 5), range(9, 13)))
@@ -136,12 +148,12 @@ def uninterrupted() -> str:
 
 
 def killed_and_restarted() -> str:
-    root, log = RUNS / "b", RUNS / "b.jsonl"
+    root = RUNS / "b"
     output = train("b-killed", root, "--kill", "rank=1,step=8", survives=False)
     died = re.search(r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9 ", output)
     require(died, "rank 1 was not killed by SIGKILL")
-    shutil.copy(log, RUNS / "b-killed.jsonl")
-    require(list(losses_of(log)) == list(range(1, 9)), f"the killed run logged the steps {list(losses_of(log))}")
+    keep_journal(root, "b-killed")
+    require(list(losses_of(root)) == list(range(1, 9)), f"the killed run recorded the steps {list(losses_of(root))}")
     require(not (root / "epoch-0_step-8").exists(), "the save that was killed is visible")
     require(committed_steps(root) == [4], f"after the kill the committed steps are {committed_steps(root)}")
     torn = list((root / ".shardpoint").glob("*/*epoch-0_step-8*"))
@@ -153,10 +165,20 @@ def killed_and_restarted() -> str:
     require("resumed from step 4" in output, "the restart did not resume from step 4")
     require(not list((root / ".shardpoint").glob("*/*epoch-0_step-8*")), "the torn attempt was not swept")
     require(committed_steps(root) == [8, 12], f"the committed steps are {committed_steps(root)}")
-    steps = differing(losses_of(log), losses_of(RUNS / "a.jsonl"))
+    steps = differing(losses_of(root), losses_of(RUNS / "a"))
     require(not steps, f"the losses of the steps {steps} differ from (a)")
-    shutil.copy(log, RUNS / "b-restarted.jsonl")  # (e) goes on in this root
-    return f"killed with {written:.0%} of step 8 written, invisible; resumed from step 4; all 12 losses equal to (a)"
+    keep_journal(root, "b-restarted")  # (e) goes on in this root
+    audited = audit_of("b", root)
+    require(audited == "bit-exact for steps 5-8", f"the audit says: {audited}")
+    return (
+        f"killed with {written:.0%} of step 8 written, invisible; resumed from step 4; all 12 losses equal to (a); "
+        f"audit: {audited}"
+    )
+
+
+def keep_journal(root: Path, name: str) -> None:
+    (RUNS / name).mkdir()
+    shutil.copy(root / "journal.jsonl", RUNS / name)
 
 
 def share_written(torn: Path, whole: Path) -> float:
@@ -175,7 +197,7 @@ def reshaped() -> str:
     shutil.copytree(RUNS / "a" / "epoch-0_step-8", root / "epoch-0_step-8")
     output = train("c", root, ranks=1)
     require("resumed from step 8" in output, "it did not resume from step 8")
-    losses, reference = losses_of(RUNS / "c.jsonl"), losses_of(RUNS / "a.jsonl")
+    losses, reference = losses_of(root), losses_of(RUNS / "a")
     require(list(losses) == [9, 10, 11, 12], f"the log has the steps {list(losses)}")
     worst = max(abs(loss - reference[step]) for step, loss in losses.items())
     require(worst <= 1e-4, f"the losses differ from (a) by up to {worst:.1e}")
@@ -214,7 +236,7 @@ def damaged_and_fallen_back() -> str:
     require(re.search(r"^ok +epoch-0_step-8:", output, re.MULTILINE), f"verify does not find step 8 intact: {output}")
     output = train("e", root, "--steps", "9")
     require("resumed from step 8" in output, "it did not fall back to step 8")
-    losses, reference = losses_of(RUNS / "b.jsonl"), losses_of(RUNS / "a.jsonl")
+    losses, reference = losses_of(root), losses_of(RUNS / "a")
     require(losses == {step: reference[step] for step in range(1, 10)}, "the losses up to step 9 differ from (a)")
     return f"verify: exit 20, {file.name}, {FLIPPED}; resume fell back to step 8; the loss of step 9 equal to (a)"
 
@@ -290,8 +312,7 @@ def draw_losses(path: Path) -> str:
         ("c", "(c) from step 8 on 1 rank", {"color": "tab:green", "marker": "x", "markersize": 9}),
     ]
     for run, label, style in curves:
-        log = RUNS / f"{run}.jsonl"
-        points = list(losses_of(log).items()) if log.exists() else []
+        points = list(losses_of(RUNS / run).items()) if (RUNS / run / "journal.jsonl").exists() else []
         if points:
             axes.plot(*zip(*points[4 * (run == "b-restarted") :], strict=True), label=label, **style)
     axes.axvline(8, color="tab:red", linewidth=1)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from awscrt import checksums
 
@@ -366,3 +367,64 @@ def test_the_reference_tells_the_codes_and_the_fields(repo_root: Path) -> None:
     kinds = re.findall(r"^\| `(\w+)` \|", text.partition("| kind | meaning |")[2], re.MULTILINE)
     assert Problem.__doc__ is not None
     assert sorted(kinds) == sorted(re.findall(r'`"(\w+)"`', Problem.__doc__))
+
+
+# ---- audit
+
+
+def write_journal(root: Path, second_loss: float) -> None:
+    header = {
+        "kind": "life", "version": 1, "incarnation": 1, "library": "", "started_utc": "", "host": "", "world_size": 1,
+        "layout": "", "versions": {},
+    }  # fmt: skip
+    origin = {"name": "epoch-0_step-1", "checkpoint_id": "", "epoch": 0, "step": 1}
+    lines: list[dict[str, Any]] = [{**header, "life": "a"}]
+    lines += [{"kind": "step", "life": "a", "epoch": 0, "step": step, "loss": 0.5, "samples": None} for step in (1, 2)]
+    lines += [{**header, "life": "b", "resumed_from": origin}]
+    lines += [{"kind": "step", "life": "b", "epoch": 0, "step": 2, "loss": second_loss}]
+    (root / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_audit_of_a_true_resume(root: Path, run: Run) -> None:
+    write_journal(root, 0.5)
+    outcome = run("audit", root)
+    assert outcome.code == 0
+    assert "life 2 against life 1: bit-exact for step 2\n" in outcome.out
+    told = parsed(run("audit", root, "--json"))
+    assert set(told) == {"root", "ok", "num_compared", "lives", "comparisons", "findings", "notes"}
+    assert (told["ok"], told["num_compared"]) == (True, 1)
+    assert set(told["lives"][1]) == {
+        "number", "num_steps", "first", "last", "resumed_from", "world_size", "layout",
+    }  # fmt: skip
+
+
+def test_audit_of_another_loss(root: Path, run: Run) -> None:
+    write_journal(root, float(np.nextafter(0.5, 1)))
+    outcome = run("audit", root)
+    assert outcome.code == 1
+    assert "differs first in step 2: loss: the loss is 0.5 then, 0.5000000000000001 now" in outcome.out
+    assert outcome.out.splitlines()[-1] == "NOT PROVEN: 1 thing to explain"
+    outcome = run("audit", root, "--json")
+    assert outcome.code == 1
+    (compared,) = parsed(outcome)["comparisons"]
+    assert set(compared) == {
+        "now", "then", "first", "last", "num_steps", "difference", "largest_relative", "message",
+    }  # fmt: skip
+    assert set(compared["difference"]) == {"cause", "epoch", "step", "field", "then", "now", "message"}
+    assert compared["difference"]["cause"] == "loss"
+
+
+def test_audit_against_another_root(root: Path, tmp_path: Path, run: Run) -> None:
+    write_journal(root, 0.5)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_journal(other, 0.25)
+    outcome = run("audit", root, "--against", other)
+    assert outcome.code == 1
+    assert f"life 2 against life 2 of {other}: differs first in step 2" in outcome.out
+
+
+def test_audit_without_a_journal(root: Path, run: Run) -> None:
+    outcome = run("audit", root)
+    assert outcome.code == 10
+    assert "NotFoundError: there is no journal.jsonl" in outcome.err

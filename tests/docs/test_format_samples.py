@@ -17,12 +17,14 @@ from awscrt import checksums
 from safetensors import safe_open
 
 from shardpoint.adapters import rng
+from shardpoint.adapters.restored import next_samples
 from shardpoint.catalog import LOADED_SUFFIXES, open_path, verify
 from shardpoint.checksum import crc64, to_hex
 from shardpoint.commit.attempt import MAX_NAME_BYTES
 from shardpoint.container import DATA_ALIGNMENT_BYTES, layout_file
 from shardpoint.dtypes import ITEMSIZE_BYTES
 from shardpoint.engine.training import optimizer_document
+from shardpoint.journal import JOURNAL_NAME, Life, Step, read_journal, samples_of
 from shardpoint.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
@@ -34,6 +36,7 @@ from shardpoint.manifest import (
     encode_document,
     encode_manifest,
 )
+from shardpoint.storage import LocalStore
 from tests.docs.test_code_blocks import Block, blocks_of
 from tests.gates.sources import PACKAGE, ROOT
 
@@ -209,4 +212,38 @@ def test_the_owner_sample_has_the_fields_of_a_real_one(tmp_path: Path) -> None:
 
 def test_every_sample_is_tested() -> None:
     kinds = {block.info.partition(" ")[2].partition("=")[0] for block in BLOCKS}
-    assert kinds == {"header", "data", "file", "document", "crc", "owner"}
+    assert kinds == {"header", "data", "file", "document", "crc", "owner", "next", "journal"}
+
+
+def test_the_journal_is_read_and_written_as_the_sample(tmp_path: Path) -> None:
+    text = chosen("journal")[""].body
+    (tmp_path / JOURNAL_NAME).write_text(text)
+    contents = read_journal(LocalStore(tmp_path))
+    assert (contents.torn, contents.damaged) == ([], [])
+    first, second = contents.lives
+    assert [msgspec.json.encode(entry).decode() for entry in (first.life, *first.steps, second.life)] == text.split(
+        "\n"
+    )[:-1]
+    assert first.steps[0].samples == samples_of([17, 4, 11])
+    assert (second.number, second.origin) == (2, (0, 4))
+
+
+def test_the_tables_of_the_journal_name_every_field() -> None:
+    section = TEXT.partition("## The journal")[2].partition("## Checksums")[0]
+    for kind, entry in (("life", Life), ("step", Step)):
+        table = section.partition(f"| `{kind}`")[2].partition("\n\n")[0]
+        named = [
+            name for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+        ]
+        assert sorted(named) == sorted(entry.__struct_fields__)
+
+
+def test_the_document_of_the_samples_that_come_next() -> None:
+    document = decode_document(chosen("next")[""].body.encode())
+
+    class Three:
+        def peek(self, num_samples: int) -> list[int]:
+            assert num_samples == document["asked"]
+            return [17, 4, 11]
+
+    assert next_samples(Three(), "data/next.json") == chosen("next")[""].body.encode()

@@ -25,7 +25,11 @@ def test_everything_below_adapters_and_the_cli_is_kept_from_torch() -> None:
     floors = [[name.strip(" ()") for name in layer.split("|")] for layer in contract("layers")["layers"]]
     line = next(index for index, floor in enumerate(floors) if "adapters" in floor)
     below = {f"shardpoint.{name}" for floor in floors[line + 1 :] for name in floor}
-    assert set(contract("forbidden")["source_modules"]) == below | {"shardpoint.catalog", "shardpoint.cli"}
+    assert set(contract("forbidden")["source_modules"]) == below | {
+        "shardpoint.audit",
+        "shardpoint.catalog",
+        "shardpoint.cli",
+    }
 
 
 def test_the_package_takes_names_from_where_they_are_defined() -> None:

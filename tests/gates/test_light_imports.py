@@ -43,6 +43,7 @@ def test_modules_below_the_torch_line_load_without_torch(module: str, tmp_path: 
         ["show", "epoch-0_step-1"],
         ["verify", "."],
         ["verify", ".", "--json"],
+        ["audit", "."],
     ],
     ids=" ".join,
 )

@@ -312,6 +312,7 @@ def test_schedulers_inside_a_scheduler_are_matched_too(tmp_path: Path) -> None:
 def test_a_sampler_over_other_data_changes_nothing(tmp_path: Path) -> None:
     state = made(0)
     state.sampler = StatefulDistributedSampler(range(10))
+    state.sampler.set_start_index(1)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(state, epoch=0, step=1, batch_size=1)
         other = made(1)

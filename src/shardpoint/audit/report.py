@@ -116,7 +116,7 @@ class AuditReport:
         if num_wrong:
             yield f"NOT PROVEN: {num_wrong} thing{'' if num_wrong == 1 else 's'} to explain"
         elif self.num_compared:
-            yield f"ok: {self.num_compared} steps were done twice, and are bit-exact; nothing else is wrong"
+            yield f"ok: every step that was done twice ({self.num_compared}) is bit-exact; nothing else is wrong"
         else:
             yield "ok: no step was done twice, so nothing was compared; nothing else is wrong"
 
