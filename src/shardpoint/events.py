@@ -18,7 +18,8 @@ class Event:
 
     Attributes:
         kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"`,
-            `"rng_derived"`, `"save_failed"` (in the background) or `"save_skipped"` (too many were under way).
+            `"rng_derived"`, `"save_failed"` (in the background), `"save_skipped"` (too many were under way) or
+            `"preempted"` (a signal said that the run will be stopped).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.

@@ -21,6 +21,7 @@ from shardpoint.engine.pending import PendingSave
 from shardpoint.engine.plans import PlanCache, SavePlan
 from shardpoint.engine.results import LoadResult, SaveResult
 from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
+from shardpoint.engine.schedule import Schedule
 from shardpoint.engine.source import Source, open_committed, source_of
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import (
@@ -47,6 +48,7 @@ __all__ = [
     "SavePlan",
     "SaveRequest",
     "SaveResult",
+    "Schedule",
     "Source",
     "StructureCache",
     "Target",
