@@ -38,12 +38,14 @@ if TYPE_CHECKING:
         UsageError,
     )
     from shardpoint.loading import load
-    from shardpoint.policies import Every, Latest
+    from shardpoint.policies import At, Best, Every, EveryNth, Latest, NewerThan, OnPreemption, Pinned
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyExistsError",
+    "At",
+    "Best",
     "Booster",
     "Checkpoint",
     "CheckpointError",
@@ -55,13 +57,17 @@ __all__ = [
     "DistCoordinator",
     "DistributedError",
     "Every",
+    "EveryNth",
     "FencedError",
     "Latest",
     "ManifestError",
     "MismatchError",
+    "NewerThan",
     "NotFoundError",
+    "OnPreemption",
     "PeerError",
     "PendingSave",
+    "Pinned",
     "ReadResult",
     "ResumeMismatchError",
     "RootBusyError",
@@ -87,13 +93,19 @@ __all__ = [
 
 # name -> the module that defines it; an error class's is shardpoint.errors
 _HOMES = {
+    "At": "shardpoint.policies",
+    "Best": "shardpoint.policies",
     "Booster": "shardpoint.booster",
     "Checkpoint": "shardpoint.engine",
     "Checkpointer": "shardpoint.checkpointer",
     "DistCoordinator": "shardpoint.booster",
     "Every": "shardpoint.policies",
+    "EveryNth": "shardpoint.policies",
     "Latest": "shardpoint.policies",
+    "NewerThan": "shardpoint.policies",
+    "OnPreemption": "shardpoint.policies",
     "PendingSave": "shardpoint.engine",
+    "Pinned": "shardpoint.policies",
     "ReadResult": "shardpoint.engine",
     "RunState": "shardpoint.adapters.state",
     "SaveResult": "shardpoint.engine",

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardpoint.checksum import combine, crc64, to_hex
-from shardpoint.commit import CONTROL_DIRECTORY, Committed, committed_checkpoints, find_committed
+from shardpoint.commit import (
+    CONTROL_DIRECTORY,
+    Committed,
+    committed_checkpoints,
+    find_committed,
+    pin,
+    pinned_names,
+    unpin,
+)
 from shardpoint.container import header_size_bytes, parse_header
 from shardpoint.dtypes import stored_form
 from shardpoint.errors import (
@@ -57,6 +65,7 @@ class Info:
         epoch: the epoch.
         metrics: what the trainer passed along.
         manifest: everything else.
+        is_pinned: whether a person wants it to stay.
     """
 
     name: str
@@ -65,6 +74,12 @@ class Info:
     epoch: int
     metrics: dict[str, float]
     manifest: Manifest
+    is_pinned: bool = False
+
+    @property
+    def created_utc(self) -> str:
+        """The coordinator's wall clock when it was committed."""
+        return self.manifest.created_utc
 
     @property
     def is_healthy(self) -> bool:
@@ -121,6 +136,7 @@ def training_checkpoints(store: Store) -> list[Info]:
         NotFoundError: the root does not exist.
     """
     found: list[Info] = []
+    pinned = pinned_names(store)
     for item in committed_checkpoints(store):
         manifest = item.manifest
         if manifest is None or manifest.name != item.name:
@@ -134,6 +150,7 @@ def training_checkpoints(store: Store) -> list[Info]:
                     manifest.epoch,
                     manifest.metric_values,
                     manifest,
+                    item.name in pinned,
                 )
             )
     return found
@@ -227,6 +244,31 @@ def is_root(path: str | os.PathLike[str]) -> bool:
     if not store.exists("") or store.exists(MANIFEST_NAME):
         return False
     return store.exists(CONTROL_DIRECTORY) or bool(committed_checkpoints(store))
+
+
+def set_pin(path: str | os.PathLike[str], *, is_pinned: bool) -> str:
+    """Pin a checkpoint, so that no run prunes it, or take the pin away.
+
+    Args:
+        path: the checkpoint's directory; to take a pin away it need not be there any more.
+        is_pinned: what it shall be.
+
+    Returns:
+        The checkpoint's name.
+
+    Raises:
+        NotFoundError: nothing is there, or it is not pinned.
+        TornCheckpointError: a directory without a manifest is there.
+        UsageError: the path is a file, or a root.
+        StorageError: the pin cannot be written or deleted.
+    """
+    if is_pinned:
+        store, committed = open_path(path)
+        pin(store, committed.name)
+        return committed.name
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - must not resolve symlinks
+    unpin(LocalStore(absolute.parent), absolute.name)
+    return absolute.name
 
 
 def _no_progress(_: int) -> None:

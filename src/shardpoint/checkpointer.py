@@ -25,6 +25,7 @@ from shardpoint.engine import (
     PendingSave,
     ReplicaCheck,
     RunJournal,
+    Schedule,
     StructureCache,
     refused_request,
     resume_named,
@@ -36,7 +37,7 @@ from shardpoint.engine import (
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import CheckpointError, CorruptionError, NotFoundError, UsageError
 from shardpoint.events import Event, Listener, log_event
-from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep, save_is_due
+from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep
 from shardpoint.storage import BufferPool, LocalStore, Store
 
 
@@ -47,7 +48,7 @@ class Checkpointer:
         root: the directory of checkpoints; made if it is not there.
         save: when to save; empty means at every call.
         keep: what to keep; empty means everything. The union of the policies is kept, and always the last one
-            committed.
+            committed, the last healthy one, and those that were pinned (`shardpoint pin`).
         async_save: whether saves run behind the training. Then `save` returns when buffers, small tensors, param
             groups, schedulers and random states are taken; all else is staged during the next forward and backward,
             and a step of a `torch.optim.Optimizer` waits for what is not staged yet. Failures are told to the listener
@@ -65,7 +66,7 @@ class Checkpointer:
 
     Raises:
         RootBusyError: another living run owns the root.
-        UsageError: `root` is a file.
+        UsageError: `root` is a file; or an `OnPreemption` is in `save`, and this is not the main thread.
         StorageError: the root cannot be made.
 
     Collective:
@@ -105,7 +106,7 @@ class Checkpointer:
             raise UsageError(f"check_replicas must be one of {get_args(ReplicaCheck)}, got {check_replicas!r}")
         if budget_bytes is None and not async_save:
             budget_bytes = BUDGET_BYTES
-        self._save_policies = tuple(save)
+        self._schedule = Schedule(save, listener, max_in_flight=max_in_flight, when_busy=when_busy)
         self._keep_policies = tuple(keep)
         self._listener = listener
         self._comm = open_comm()
@@ -113,12 +114,10 @@ class Checkpointer:
         self._pool = BufferPool(budget_bytes, on_allocate=pinning())
         self._check_replicas = check_replicas
         self._max_in_flight = max_in_flight
-        self._when_busy = when_busy
         self._background: BackgroundSaver | None = None
         self._pending: list[PendingSave] = []
         self._known: Known = {}
         self._found: list[Committed] = []
-        self._previous_step: int | None = None
         self._owner: RootOwner | None = None
         self._arrival: Arrival | None = None
         self._journal = RunJournal(self._comm, self._owned)
@@ -128,16 +127,21 @@ class Checkpointer:
         def open_store() -> bool:
             if not opened:
                 opened.append(LocalStore(root))  # refuses a file
+            self._schedule.open()
             return True
 
         def own(_: Sequence[bool]) -> bool:
             self._owner = acquire_root(opened[0], listener=listener)
             return True
 
-        agree(self._comm, "own the root", open_store, bool, own, bool)
-        self._store: Store = opened[0]
-        if async_save:
-            self._background = self._open_background()
+        try:
+            agree(self._comm, "own the root", open_store, bool, own, bool)
+            self._store: Store = opened[0]
+            if async_save:
+                self._background = self._open_background()
+        except BaseException:
+            self._schedule.close()
+            raise
 
     def _open_background(self) -> BackgroundSaver:
         comms = own_comm(), own_comm()
@@ -182,6 +186,14 @@ class Checkpointer:
                 raise
             error.add_note(f"work in the background had failed too: {failed}")
 
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal has told the run that it will be stopped (see `OnPreemption`): the loop should leave.
+
+        The ranks agree on it in `save`, so it is the same on all of them, and changes in `save` only.
+        """
+        return self._schedule.preempted
+
     def save(
         self,
         state: TrainState | Mapping[str, TrainState],
@@ -219,7 +231,8 @@ class Checkpointer:
             CorruptionError: an optimizer state that was to come in behind (`resume(lazy_optimizer=True)`) is damaged.
 
         Collective:
-            All ranks, with the same arguments but for `metrics`.
+            All ranks, with the same arguments but for `metrics`. A call that does not save costs no round, unless a
+            policy has to ask the ranks: `Every(seconds=...)`, `OnPreemption`.
 
         Durability:
             On return (of `PendingSave.result`, in the background) the checkpoint survives power loss. A checkpoint of
@@ -232,6 +245,7 @@ class Checkpointer:
         began = time.monotonic()
         self._check_open()
         self.optimizer_ready()
+        call = self._schedule.next_call(self._comm, self._background)
         refusal: UsageError | None = None
         try:
             run = run_state(epoch, step, batch_size)
@@ -241,25 +255,26 @@ class Checkpointer:
         except UsageError as error:
             # Order: into the first round with it. Raised here, it would leave the other ranks waiting for this one.
             refusal, request = error, refused_request(error)
-        if refusal is None or (type(step) is int and step >= 0):
-            due = force or save_is_due(self._save_policies, step, self._previous_step)
-            if due and self._is_to_skip(request.name):
-                return None  # and the step is not counted as seen: the policy wants the next one
-            self._previous_step = step
-            if not due:
-                return None
+        can_be_due = refusal is None or (type(step) is int and step >= 0)
+        if can_be_due and not self._schedule.is_due(
+            call, self._comm, self._background, step, request.name, force=force
+        ):
+            return None
         if self._background is not None:
             self._background.wait_for_room(self._max_in_flight)
             roles = as_roles(state) if refusal is None else {}
             pending = self._background.submit(request, roles, began)
             self._remind()
             self._pending.append(pending)
+            self._schedule.started(pending)
             return pending
         outcome = save(
             self._store, self._comm, request, self._cache, pool=self._pool, owner=self._owner, listener=self._listener
         )
+        pending = PendingSave.completed(outcome, began)
+        self._schedule.started(pending)
         self._after_commit(self._comm)
-        return PendingSave.completed(outcome)
+        return pending
 
     def _remind(self) -> None:
         """Tell of earlier saves that failed in the background, and that nobody asked about; forget those that ended."""
@@ -267,24 +282,6 @@ class Checkpointer:
             if known.failure is not None and not known.was_told:
                 self._tell("save_failed", f"the save of {known.name} had failed: {known.failure}", known.name)
         self._pending = [known for known in self._pending if not known.done()]
-
-    def _is_to_skip(self, name: str) -> bool:
-        """Tell whether too many saves are under way, on any rank, for another."""
-        background = self._background
-        if background is None or self._when_busy == "wait":
-            return False
-        limit = self._max_in_flight
-        skipped = agree(
-            self._comm,
-            "save: room",
-            lambda: background.num_in_flight,
-            int,
-            lambda ballots: max(ballots) >= limit,
-            bool,
-        )
-        if skipped:
-            self._tell("save_skipped", f"{name} is not saved: {limit} saves are under way", name)
-        return skipped
 
     def resume(self, state: TrainState | Mapping[str, TrainState], *, lazy_optimizer: bool = False) -> RunState | None:
         """Restore everything from the newest committed checkpoint.
@@ -366,7 +363,7 @@ class Checkpointer:
                 passed_over[name] = error
                 self._tell("fell_back", f"{name} went away while it was read, looking again: {error}", name)
                 continue
-            self._previous_step = run.step
+            self._schedule.resumed(name, run.step)
             if self._comm.is_coordinator:
                 tell_of_suspects(self._found, name, self._listener)
             self._journal.begin(as_roles(state), manifest, passed_over)
@@ -411,7 +408,7 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for saves in the background, and give the root up, so that another run may own it.
 
-        A second call does nothing.
+        Last of all the handlers of signals that `OnPreemption` needed are put back. A second call does nothing.
 
         Raises:
             CheckpointError: the last save failed in the background, and nobody asked for its result.
@@ -436,6 +433,7 @@ class Checkpointer:
         finally:
             if owner is not None:
                 owner.release()
+            self._schedule.close()
         last = self._pending[-1] if self._pending else None
         if untold is None and last is not None and not last.was_told:
             untold = last.failure
@@ -472,7 +470,6 @@ class Checkpointer:
         found = [info for info in training_checkpoints(self._store) if info.name == info.manifest.name]
         kept = names_to_keep(self._keep_policies, found)
         for info in found:
-            if info.name not in kept:
-                prune(self._store, self._owner, info.name)
+            if info.name not in kept and prune(self._store, self._owner, info.name):
                 self._listener(Event("pruned", f"pruned {info.name} of {self._store.location}", info.name))
         return True

@@ -1,4 +1,4 @@
-"""What the command line offers: list a root, show a checkpoint, verify bytes, audit a run; without torch.
+"""What the command line offers: list, show, verify, pin and unpin checkpoints, audit a run; without torch.
 
 Exit codes are those of the error classes: 0 all is well, 2 usage, 10 not found, 12 never committed, 20 corrupt, and so
 on. `--json` prints one JSON object whose fields are stable: they are listed in docs/reference/cli.md.
@@ -55,7 +55,7 @@ def _size(num_bytes: int) -> str:
     return f"{size:.1f} TB"
 
 
-def _summary(item: Any) -> dict[str, Any]:
+def _summary(item: Any, *, is_pinned: bool) -> dict[str, Any]:
     manifest = item.manifest
     if manifest is None:
         return {"name": item.name, "problem": str(item.problem)}
@@ -76,6 +76,7 @@ def _summary(item: Any) -> dict[str, Any]:
         "library": manifest.library,
         "format": f"{manifest.version[0]}.{manifest.version[1]}",
         "suspect": None if manifest.suspect is None else to_builtins(manifest.suspect),
+        "pinned": is_pinned,
     }
 
 
@@ -85,8 +86,12 @@ def list_command(
 ) -> None:
     """List the committed checkpoints of ROOT, the last committed last."""
     from shardpoint.catalog import list_root
+    from shardpoint.commit import pinned_names
+    from shardpoint.storage import LocalStore
 
-    found = [_summary(item) for item in list_root(root)]
+    listed = list_root(root)
+    pinned = pinned_names(LocalStore(root))
+    found = [_summary(item, is_pinned=item.name in pinned) for item in listed]
     if as_json:
         _print_json({"root": str(root), "checkpoints": found})
         return
@@ -108,7 +113,19 @@ def _print_table(items: list[dict[str, Any]]) -> None:
 
     notes = ["note"] if any(item["suspect"] for item in items) else []
     table = Table(box=None, pad_edge=False)
-    for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence", *notes):
+    headings = (
+        "checkpoint",
+        "epoch",
+        "step",
+        "samples",
+        "size",
+        "ranks",
+        "committed (UTC)",
+        "sequence",
+        "pinned",
+        *notes,
+    )
+    for heading in headings:
         left = heading in ("checkpoint", "committed (UTC)", "note")
         # A column that does not fit is broken over lines, never cut.
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
@@ -121,6 +138,7 @@ def _print_table(items: list[dict[str, Any]]) -> None:
             str(item["world_size"]),
             escape(_visible(item["created_utc"])),
             str(item["sequence"]),
+            "yes" if item["pinned"] else "",
             *("suspect" if item["suspect"] else "" for _ in notes),
         )
     # Without a terminal there is no width to fit into: one line for each checkpoint, for whatever reads it.
@@ -136,13 +154,14 @@ def show_command(
 ) -> None:
     """Show what CHECKPOINT holds, from its manifest; bytes are not read (see verify)."""
     from shardpoint.catalog import open_path
+    from shardpoint.commit import is_pinned
 
-    _, item = open_path(checkpoint)
+    store, item = open_path(checkpoint)
     manifest = item.manifest
     if manifest is None:
         assert item.problem is not None  # noqa: S101 - one or the other
         raise item.problem
-    summary = _summary(item)
+    summary = _summary(item, is_pinned=is_pinned(store, item.name))
     if as_json:
         summary["files"] = [
             {"path": entry.path, "size_bytes": entry.size_bytes, "crc64nvme": entry.crc64nvme}
@@ -241,6 +260,32 @@ def audit_command(
         raise typer.Exit(1)
 
 
+@app.command("pin")
+def pin_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's directory.")], as_json: AsJson = False
+) -> None:
+    """Keep CHECKPOINT from being pruned, whatever the policies of a run say."""
+    _set_pin(checkpoint, is_pinned=True, as_json=as_json)
+
+
+@app.command("unpin")
+def unpin_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's directory.")], as_json: AsJson = False
+) -> None:
+    """Let CHECKPOINT be pruned again."""
+    _set_pin(checkpoint, is_pinned=False, as_json=as_json)
+
+
+def _set_pin(checkpoint: Path, *, is_pinned: bool, as_json: bool) -> None:
+    from shardpoint.catalog import set_pin
+
+    name = set_pin(checkpoint, is_pinned=is_pinned)
+    if as_json:
+        _print_json({"name": name, "pinned": is_pinned})
+    else:
+        _echo(f"{name} is {'pinned: no run prunes it' if is_pinned else 'not pinned any more'}")
+
+
 def _verdict(report: Report) -> str:
     if report.ok:
         return "ok"
@@ -248,7 +293,7 @@ def _verdict(report: Report) -> str:
 
 
 def main() -> None:
-    """Run the command line: `shardpoint ls|show|verify|audit`."""
+    """Run the command line: `shardpoint ls|show|verify|pin|unpin|audit`."""
     try:
         app()
     except CheckpointError as error:

@@ -2,6 +2,7 @@
 
 from shardpoint.commit.attempt import Attempt
 from shardpoint.commit.ownership import RootOwner, acquire_root, owned_root
+from shardpoint.commit.pins import is_pinned, pin, pinned_names, unpin
 from shardpoint.commit.publish import publish, publish_file, write_documents
 from shardpoint.commit.removal import prune
 from shardpoint.commit.visible import (
@@ -20,10 +21,14 @@ __all__ = [
     "acquire_root",
     "committed_checkpoints",
     "find_committed",
+    "is_pinned",
     "owned_root",
+    "pin",
+    "pinned_names",
     "prune",
     "publish",
     "publish_file",
     "read_manifest",
+    "unpin",
     "write_documents",
 ]

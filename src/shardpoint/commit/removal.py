@@ -6,19 +6,23 @@ import uuid
 from contextlib import suppress
 
 from shardpoint.commit.ownership import RootOwner
+from shardpoint.commit.pins import is_pinned
 from shardpoint.commit.visible import all_displaced, find_committed
 from shardpoint.errors import NotFoundError, UsageError
 from shardpoint.manifest import MANIFEST_NAME
 from shardpoint.storage import Store, SyncPoint
 
 
-def prune(store: Store, owner: RootOwner, name: str) -> None:
-    """Delete a committed checkpoint.
+def prune(store: Store, owner: RootOwner, name: str) -> bool:
+    """Delete a committed checkpoint, unless it is pinned.
 
     Args:
         store: the root.
         owner: the hold on it.
         name: the checkpoint; nothing but a committed checkpoint is ever deleted.
+
+    Returns:
+        Whether it was deleted: False where it is pinned.
 
     Raises:
         NotFoundError: there is no committed checkpoint of that name.
@@ -39,6 +43,8 @@ def prune(store: Store, owner: RootOwner, name: str) -> None:
             "somebody, who may want to keep it. Nothing was deleted"
         )
         raise UsageError(text)
+    if is_pinned(store, name):
+        return False
     # Order: before the name is free, or a reader would take what waits to be deleted for the checkpoint.
     for item in all_displaced(store):
         if item.manifest is not None and item.manifest.name == name:
@@ -49,6 +55,11 @@ def prune(store: Store, owner: RootOwner, name: str) -> None:
     except NotFoundError:
         owner.check_alive(store)
         raise
+    # Race: who pinned it since then was told that it stays, if it was still there.
+    if is_pinned(store, name):
+        store.rename(trash, name)
+        return False
     store.sync_directory("", SyncPoint.ROOT)
     with suppress(NotFoundError):  # fenced in this moment: the new owner sweeps it
         store.remove_tree(trash, first=MANIFEST_NAME)
+    return True

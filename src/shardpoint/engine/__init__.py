@@ -23,6 +23,7 @@ from shardpoint.engine.recording import RunJournal
 from shardpoint.engine.results import LoadResult, SaveResult
 from shardpoint.engine.resuming import resume_named, tell_of_suspects
 from shardpoint.engine.save import BUDGET_BYTES, SaveAttempt, save
+from shardpoint.engine.schedule import Schedule
 from shardpoint.engine.source import Source, open_committed, source_of
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import (
@@ -51,6 +52,7 @@ __all__ = [
     "SavePlan",
     "SaveRequest",
     "SaveResult",
+    "Schedule",
     "Source",
     "StructureCache",
     "Target",

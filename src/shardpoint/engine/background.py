@@ -171,7 +171,7 @@ class BackgroundSaver:
         """
         if self._closed:
             raise UsageError("saves in the background are closed")
-        pending = PendingSave(request.name)
+        pending = PendingSave(request.name, began)
         arena = self._arenas.pop() if self._arenas else Arena()
         snapshot: Snapshot | None = None
         try:
@@ -323,6 +323,9 @@ class BackgroundSaver:
         while (item := job.staged.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            if job.pending.is_cancelled:  # what is left need not be written
+                item.release()
+                break
             yield item
         if not job.pending.vote():
             raise SaveCancelledError(f"{job.pending.name} was cancelled by a rank: nothing was committed")

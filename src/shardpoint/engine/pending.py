@@ -14,12 +14,18 @@ class PendingSave:
 
     Its methods may be called from any thread; none is collective.
 
+    Args:
+        name: the checkpoint's name.
+        began: when it was asked for, in seconds of the monotonic clock; None: now.
+
     Attributes:
         name: the checkpoint's name.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, began: float | None = None) -> None:
         self.name = name
+        self._began = time.monotonic() if began is None else began
+        self._ended: float | None = None
         self._staged = threading.Event()
         self._done = threading.Event()
         self._outcome: SaveResult | BaseException | None = None
@@ -31,9 +37,9 @@ class PendingSave:
         self._when_staged: Callable[[], None] = lambda: None
 
     @classmethod
-    def completed(cls, outcome: SaveResult) -> PendingSave:
+    def completed(cls, outcome: SaveResult, began: float | None = None) -> PendingSave:
         """Return one that is done."""
-        pending = cls(outcome.name)
+        pending = cls(outcome.name, began)
         pending.finish(outcome)
         return pending
 
@@ -41,6 +47,11 @@ class PendingSave:
     def blocked_s(self) -> float:
         """Seconds for which this save has blocked the trainer so far: in `save`, in `staged` and before steps."""
         return self._blocked_s
+
+    @property
+    def span_s(self) -> tuple[float, float | None]:
+        """When it was asked for, and when it ended (None: it has not), in seconds of the monotonic clock."""
+        return self._began, self._ended
 
     @property
     def failure(self) -> BaseException | None:
@@ -116,6 +127,11 @@ class PendingSave:
         """Whether this rank asked to give it up."""
         return self._is_cancelled
 
+    def give_up(self) -> bool:
+        """Cancel it, as somebody who tells why: nobody else need be told how it ends."""
+        self._was_told = True
+        return self.cancel()
+
     def vote(self) -> bool:
         """Close the door for `cancel`; return False where it was used before."""
         with self._mutex:
@@ -139,5 +155,6 @@ class PendingSave:
     def finish(self, outcome: SaveResult | BaseException) -> None:
         """Say how it ended."""
         self._outcome = outcome
+        self._ended = time.monotonic()
         self._staged.set()
         self._done.set()
