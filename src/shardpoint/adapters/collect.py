@@ -307,6 +307,9 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
         if state.sampler is not None:
             values = plain_values(state.sampler.state_dict(), f"{join(role, 'sampler')} state")
             collected.rank_documents[rank_document(join(role, "data"), rank)] = encode_document(values)
+        for name, extra in state.extras.items():
+            values = plain_values(extra.state_dict(), f"{join(role, 'extras', name)} state")
+            collected.rank_documents[rank_document(join(role, "extras", name), rank)] = encode_document(values)
     return collected
 
 

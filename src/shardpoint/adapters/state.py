@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,8 @@ class TrainState:
         sampler: anything with `state_dict` and `load_state_dict`; saved per rank.
         tokenizer: anything with `save_pretrained`; its files go beside the weights. Without it, the tokenizer files of
             the directory that the model was loaded from are copied, if there are any.
+        frozen: the model never changes.
+        extras: name -> anything with `state_dict` and `load_state_dict`; saved per rank.
     """
 
     model: nn.Module
@@ -30,6 +32,8 @@ class TrainState:
     lr_scheduler: Any = None
     sampler: Any = None
     tokenizer: Any = None
+    frozen: bool = False
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 Roles = Mapping[str, TrainState]
@@ -46,7 +50,7 @@ def as_roles(state: TrainState | Roles) -> dict[str, TrainState]:
     if not state:
         text = "the state has no role: give a TrainState, or a dict of them by role"
         raise UsageError(text)
-    reserved = {"modeling", "optimizer", "adapter", "rng", "data"}
+    reserved = {"modeling", "optimizer", "adapter", "rng", "data", "extras"}
     for name, value in state.items():
         if not isinstance(value, TrainState):
             text = f"role {name!r} is a {type(value).__name__}, not a TrainState"

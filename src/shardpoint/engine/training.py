@@ -183,6 +183,7 @@ def training_target(
         behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
         _add_scheduler(source, role, state, collected, installs, optional)
         _add_sampler(source, role, state, collected, comm, installs, optional)
+        _add_extras(source, role, state, collected, comm, installs)
     if not partial:
         collected.unexpected += optional
     if random_state:
@@ -331,6 +332,18 @@ def _add_sampler(
         except UsageError as error:
             collected.problems.append(f"{directory}: {error}")
     installs.append(lambda: state.sampler.load_state_dict(values))
+
+
+def _add_extras(
+    source: Source, role: str, state: TrainState, collected: Collected, comm: Comm, installs: list[Callable[[], None]]
+) -> None:
+    for name, extra in state.extras.items():
+        path = rank_document(join(role, "extras", name), comm.rank)
+        data = source.document(path)
+        if data is None:
+            collected.missing.append(path)
+            continue
+        installs.append(functools.partial(extra.load_state_dict, live_values(decode_document(data, path))))
 
 
 def _random_state(source: Source, comm: Comm, listener: Listener) -> list[Callable[[], None]]:
