@@ -1,4 +1,4 @@
-"""What dpo.py, ppo.py and grpo.py have in common: models, sampled answers, how likely a model finds them, rules, the log.
+"""What dpo.py, ppo.py and grpo.py have in common: models, sampled answers and their likelihood, rules, the log.
 
 The model, the data and the store that kills are those of sft.py.
 """
@@ -9,34 +9,37 @@ import argparse
 import copy
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from sft import MODEL_DIR, convert_model, make_model
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForTokenClassification
+from transformers import LlamaForTokenClassification, set_seed
 
+from sft import MODEL_DIR, convert_model, make_model
 from shardpoint import DistCoordinator
 from shardpoint.data import StatefulDistributedSampler
 
 INSTRUCTION = "Answer in one short sentence."
-NUM_ANSWER_TOKENS = 24  # every rank samples as many: under FSDP2 a rank that stopped earlier would leave the others hanging
+NUM_ANSWER_TOKENS = (
+    24  # every rank samples as many: under FSDP2 a rank that stopped earlier would leave the others hanging
+)
+T = TypeVar("T")
 NUM_WORDS = 10  # of an answer that the rules like best
 
 
-def parse_arguments(description: str | None, *, steps: int, save_every: int) -> argparse.Namespace:
+def parse_arguments(description: str | None, *, steps: int, save_every: int, batch: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="directory of checkpoints; the log goes to ROOT.jsonl beside it")
     parser.add_argument("--plugin", choices=["ddp", "fsdp"], default="fsdp")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps, counted from the start")
     parser.add_argument("--save-every", type=int, default=save_every, metavar="STEPS")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="samples of one rank and step")
+    parser.add_argument("--batch", type=int, default=batch, metavar="N", help="samples of one rank and step")
     parser.add_argument("--tiny", action="store_true", help="tiny random models over bytes instead of SmolLM2")
     parser.add_argument("--kill", default="", metavar="rank=R,step=S", help="SIGKILL rank R in the middle of a save")
     return parser.parse_args()
@@ -45,7 +48,7 @@ def parse_arguments(description: str | None, *, steps: int, save_every: int) -> 
 def make_actor(*, tiny: bool) -> tuple[Any, Any]:
     """Return the model to be trained and its tokenizer, equal on every rank."""
     torch.set_num_threads(1)  # sums in the same order in every run
-    torch.manual_seed(0)
+    set_seed(0)  # of python, numpy and torch
     with DistCoordinator().priority_execution():  # one rank converts, the others wait and find it done
         if not tiny and not MODEL_DIR.exists():
             convert_model()
@@ -92,18 +95,16 @@ class Texts:
         """Return what a model is called with."""
         return {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": positions(self.mask)}
 
-    def checksum(self) -> int:
-        """Return a CRC-32 of all tokens, for the log."""
-        return zlib.crc32(self.tokens.numpy().tobytes())
-
     def answers(self, tokenizer: Any) -> list[tuple[str, bool]]:
         """Return each answer's text, and whether the model ended it by itself."""
         answers = []
         for row, mask in zip(self.tokens.tolist(), self.mask.tolist(), strict=True):
             ids = [token for token, counts in zip(row, mask, strict=True) if counts][-sum(mask[-NUM_ANSWER_TOKENS:]) :]
-            ended = ids[-1] == (0 if tokenizer is None else tokenizer.eos_token_id)
+            ended = ids[-1] == end_token(tokenizer)
             kept = ids[:-1] if ended else ids
-            answers.append((bytes(kept).decode(errors="replace") if tokenizer is None else tokenizer.decode(kept), ended))
+            answers.append(
+                (bytes(kept).decode(errors="replace") if tokenizer is None else tokenizer.decode(kept), ended)
+            )
         return answers
 
 
@@ -111,19 +112,33 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def encode_prompts(tokenizer: Any, questions: list[str]) -> list[list[int]]:
-    """Return one row of tokens for each question."""
+def end_token(tokenizer: Any) -> int:
+    return 0 if tokenizer is None else int(tokenizer.eos_token_id)
+
+
+def encode_prompt(tokenizer: Any, question: str) -> list[int]:
+    """Return the tokens of a question, up to where the answer begins."""
     if tokenizer is None:
-        return [list(f"{question}\n".encode()) for question in questions]
-    rows = []
-    for question in questions:
-        chat = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
-        rows.append(tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)).input_ids)
-    return rows
+        return list(f"{question}\n".encode())
+    chat = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text).input_ids)
 
 
-def next_prompts(sampler: StatefulDistributedSampler, rows: list[list[int]]) -> list[list[int]]:
-    """Return this rank's share of the next prompts, and move the sampler on past everybody's."""
+def encode_answer(tokenizer: Any, answer: str) -> list[int]:
+    """Return the tokens of an answer, with its end."""
+    return [*(answer.encode() if tokenizer is None else tokenizer(answer).input_ids), end_token(tokenizer)]
+
+
+def padded(rows: list[list[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows that end at the same place, and their mask."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[filler] * (length - len(row)) + row for row in rows])
+    return tokens, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+
+
+def next_samples(sampler: StatefulDistributedSampler, rows: Sequence[T]) -> list[T]:
+    """Return this rank's share of the next samples, and move the sampler on past everybody's."""
     if sampler.start_index + sampler.batch_size > sampler.num_samples:
         sampler.set_epoch(sampler.epoch + 1)
         sampler.set_start_index(0)
@@ -143,23 +158,21 @@ def whole_weights(model: Any) -> Iterator[None]:
     """Under FSDP2, gather the weights once for many forwards, instead of once for each token; then free them."""
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for group in groups:
-        group.set_reshard_after_forward(False, recurse=False)  # noqa: FBT003 - torch names it so
+        group.set_reshard_after_forward(False, recurse=False)
         group.unshard()
     try:
         yield
     finally:
         for group in groups:
-            group.set_reshard_after_forward(True, recurse=False)  # noqa: FBT003 - as above
+            group.set_reshard_after_forward(True, recurse=False)
             group.reshard()
 
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompts: list[list[int]]) -> Texts:
     """Sample an answer to each prompt, from the random state of this rank."""
-    model, end = bare(model), 0 if tokenizer is None else tokenizer.eos_token_id
-    length = max(map(len, prompts))
-    tokens = torch.tensor([[end] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model, end = bare(model), end_token(tokenizer)
+    tokens, mask = padded(prompts, end)
     new, cache, running = tokens, None, torch.ones(len(prompts), 1, dtype=torch.int64)
     with whole_weights(model):
         for _ in range(NUM_ANSWER_TOKENS):
@@ -182,9 +195,9 @@ def sample(model: Any, tokenizer: Any, prompts: list[list[int]]) -> Texts:
 
 def answer_log_probs(model: Any, texts: Texts) -> torch.Tensor:
     """Return how likely a model finds each token of the answers, float32 `[batch, NUM_ANSWER_TOKENS]`."""
-    logits = model(**texts.inputs(), use_cache=False, logits_to_keep=NUM_ANSWER_TOKENS + 1).logits[:, :-1]
+    logits: torch.Tensor = model(**texts.inputs(), use_cache=False, logits_to_keep=NUM_ANSWER_TOKENS + 1).logits
     chosen = texts.tokens[:, -NUM_ANSWER_TOKENS:, None]
-    return logits.float().log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    return logits[:, :-1].float().log_softmax(-1).gather(-1, chosen).squeeze(-1)
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -209,13 +222,13 @@ def gathered(value: float) -> list[float]:
     return values.tolist()
 
 
-def mean_over_ranks(values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+def mean_over_ranks(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return the means over the ranks, equal on all of them."""
-    return {name: sum(all_values := gathered(float(value))) / len(all_values) for name, value in values.items()}
+    return {name: sum(gathered(value.item())) / dist.get_world_size() for name, value in values.items()}
 
 
 class StepLog:
-    """One line of JSON for each step, written by rank 0; what a killed run logged after its last commit did not last."""
+    """One line of JSON for each step, written by rank 0; lines after the step resumed from are removed."""
 
     def __init__(self, root: str, resumed: int) -> None:
         self._path = Path(f"{root}.jsonl")
@@ -224,9 +237,10 @@ class StepLog:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= resumed))
 
-    def write(self, step: int, values: Mapping[str, float | torch.Tensor], checksum: int) -> None:
-        """Write a step's values, as means over the ranks, and the checksum of each rank's tokens."""
-        line = {"step": step, **mean_over_ranks(values), "tokens": [int(one) for one in gathered(checksum)]}
+    def write(self, step: int, values: Mapping[str, float], tokens: torch.Tensor) -> None:
+        """Write a step's values, and the CRC-32 of each rank's tokens."""
+        checksums = gathered(zlib.crc32(tokens.numpy().tobytes()))
+        line = {"step": step, **values, "tokens": [int(checksum) for checksum in checksums]}
         if dist.get_rank() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
