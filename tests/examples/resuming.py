@@ -70,7 +70,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_goes_on_as_if_nothing_had_happened(
-    name: str, whole: Path, killed: Path, *options: str, kill: str, saved: int
+    name: str, whole: Path, killed: Path, *options: str, kill: str, saved: int, timeout_s: float = 200.0
 ) -> tuple[str, str]:
     """Run an example to its end, kill another run of it in a save, resume that one, and compare everything.
 
@@ -81,17 +81,18 @@ def assert_goes_on_as_if_nothing_had_happened(
         options: the example's.
         kill: the example's `--kill`.
         saved: the step of the last checkpoint before the kill.
+        timeout_s: for each of the three runs.
 
     Returns:
         What the uninterrupted run and the resumed run printed.
     """
-    printed = run_example(name, whole, *options)
-    run_example(name, killed, *options, "--kill", kill, survives=False)
+    printed = run_example(name, whole, *options, timeout_s=timeout_s)
+    run_example(name, killed, *options, "--kill", kill, timeout_s=timeout_s, survives=False)
     assert committed(killed) == [f"epoch-0_step-{saved}"]
     before = log_of(killed)
     assert before == log_of(whole)[: len(before)]
     assert len(before) > saved  # the killed run had gone farther than it had saved
-    resumed = run_example(name, killed, *options)
+    resumed = run_example(name, killed, *options, timeout_s=timeout_s)
     assert f"resumed from step {saved}" in resumed
     assert log_of(killed) == log_of(whole)
     assert committed(killed) == committed(whole)
