@@ -60,7 +60,9 @@ def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_happened(tmp_path: Pat
 def test_smollm2_learns_to_prefer_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ("--plugin", "fsdp", "--steps", "16", "--save-every", "6")
-    assert_goes_on_as_if_nothing_had_happened("dpo", whole, killed, *options, kill="rank=1,step=12", saved=6, timeout_s=1800.0)
+    assert_goes_on_as_if_nothing_had_happened(
+        "dpo", whole, killed, *options, kill="rank=1,step=12", saved=6, timeout_s=1800.0
+    )
     margins = [line["margin"] for line in log_of(whole)]
     assert sum(margins[-4:]) > sum(margins[:4]) + 0.4
 

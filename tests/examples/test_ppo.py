@@ -99,7 +99,9 @@ def test_an_advantage_is_the_decaying_sum_of_the_surprises_to_come(ppo: ModuleTy
         for index in range(6):
             expected = sum(
                 ppo.GAE_LAMBDA ** (later - index)
-                * float(rewards[row, later] - values[row, later] + (values[row, later + 1] if later + 1 < length else 0))
+                * float(
+                    rewards[row, later] - values[row, later] + (values[row, later + 1] if later + 1 < length else 0)
+                )
                 for later in range(index, length)
             )
             assert found[row, index].item() == pytest.approx(expected, abs=1e-5)
