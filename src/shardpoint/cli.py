@@ -113,19 +113,8 @@ def _print_table(items: list[dict[str, Any]]) -> None:
 
     notes = ["note"] if any(item["suspect"] for item in items) else []
     table = Table(box=None, pad_edge=False)
-    headings = (
-        "checkpoint",
-        "epoch",
-        "step",
-        "samples",
-        "size",
-        "ranks",
-        "committed (UTC)",
-        "sequence",
-        "pinned",
-        *notes,
-    )
-    for heading in headings:
+    first = ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence", "pinned")
+    for heading in (*first, *notes):
         left = heading in ("checkpoint", "committed (UTC)", "note")
         # A column that does not fit is broken over lines, never cut.
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
