@@ -1,8 +1,8 @@
 """What does Shardpoint promise, and does it hold on this machine? The five results that `make demo` shows.
 
 Each is obtained by running `examples/sft.py` as a user would, on 2 FSDP ranks on the CPU, and is checked from outside:
-by exit codes, by the files, and by the losses in the runs' journals. It empties `demo/runs`, fills it again (8 GB in the
-end), and leaves the log of every run in `demo/logs`.
+by exit codes, by the files, and by the losses in the runs' journals. It empties `demo/runs`, fills it again (8 GB in
+the end), and leaves the log of every run in `demo/logs`.
 """
 
 from __future__ import annotations
