@@ -111,9 +111,9 @@ def _print_table(items: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    notes = ["note"] if any(item["suspect"] for item in items) else []
+    notes = ["note"] if any(item["suspect"] or item["pinned"] for item in items) else []
     table = Table(box=None, pad_edge=False)
-    first = ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence", "pinned")
+    first = ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence")
     for heading in (*first, *notes):
         left = heading in ("checkpoint", "committed (UTC)", "note")
         # A column that does not fit is broken over lines, never cut.
@@ -127,8 +127,7 @@ def _print_table(items: list[dict[str, Any]]) -> None:
             str(item["world_size"]),
             escape(_visible(item["created_utc"])),
             str(item["sequence"]),
-            "yes" if item["pinned"] else "",
-            *("suspect" if item["suspect"] else "" for _ in notes),
+            *(" ".join(word for word in ("suspect", "pinned") if item[word]) for _ in notes),
         )
     # Without a terminal there is no width to fit into: one line for each checkpoint, for whatever reads it.
     console = Console() if sys.stdout.isatty() else Console(width=10_000)

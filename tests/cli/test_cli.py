@@ -38,6 +38,7 @@ SUMMARY_FIELDS = {
     "library": str,
     "format": str,
     "suspect": type(None),
+    "pinned": bool,
 }
 
 
@@ -428,3 +429,19 @@ def test_audit_without_a_journal(root: Path, run: Run) -> None:
     outcome = run("audit", root)
     assert outcome.code == 10
     assert "NotFoundError: there is no journal.jsonl" in outcome.err
+
+
+# ---- pin
+
+
+def test_a_pin_is_shown_and_taken_away(root: Path, run: Run) -> None:
+    assert "pinned" not in run("ls", root).out
+    assert run("pin", root / NAMES[0]).out == f"{NAMES[0]} is pinned: no run prunes it\n"
+    first, second = (line for line in run("ls", root).out.splitlines() if line.startswith("epoch"))
+    assert (first.split()[-1], second.split()[-1]) != ("pinned", "pinned")
+    assert "pinned" in (first.split()[-1], second.split()[-1])
+    assert parsed(run("show", root / NAMES[0], "--json"))["pinned"] is True
+    assert run("verify", root).code == 0
+    assert parsed(run("unpin", root / NAMES[0], "--json")) == {"name": NAMES[0], "pinned": False}
+    assert parsed(run("show", root / NAMES[0], "--json"))["pinned"] is False
+    assert run("pin", root / "nothing").code == 10

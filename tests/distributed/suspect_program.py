@@ -152,9 +152,9 @@ def ddp_sampled(out: Path) -> None:
             assert state.optimizer is not None
             with torch.no_grad():
                 state.optimizer.state[parameter(state, "0.weight")]["exp_avg"].mul_(1 + RANK)
-            suspect = save(checkpointer, state, 99).suspect
-            assert suspect is not None
-            assert ("replicas_differ", "0.weight", "exp_avg", [[0], [1]]) in told(suspect)
+            last = save(checkpointer, state, 99).suspect
+            assert last is not None
+            assert ("replicas_differ", "0.weight", "exp_avg", [[0], [1]]) in told(last)
 
 
 def ddp_off_and_ranks_that_do_not_agree(out: Path) -> None:
