@@ -1,12 +1,12 @@
 """How a language model is trained by PPO so that a killed run goes on where it was: four models, one checkpoint.
 
-    torchrun --nproc-per-node 2 examples/ppo.py --plugin fsdp --root runs/ppo --steps 40 --save-every 5
+    torchrun --nproc-per-node 2 examples/ppo.py --plugin fsdp --root runs/ppo --steps 30 --save-every 5
 
-The actor answers questions about Python's standard library. A reward model and rules score the answers, the critic
-foresees the scores, and the frozen reference, the actor as it was, keeps the actor near by a KL penalty whose weight
-adapts. What was sampled is used for two steps, so a save often falls between the two: then the experience is in the
-checkpoint too, and the resumed run takes its second step on these very answers. A checkpoint has all four models of the
-same step, or it is not there.
+The actor answers questions about Python's standard library. Rules (plain prose, short, ended properly) and a reward
+model, which tells a sentence from mixed-up words, score the answers. The critic foresees the scores, and the frozen
+reference, which is the actor as it was, keeps the actor near by a KL penalty whose weight adapts. What was sampled is
+used for two steps, so a save often falls between the two: then the experience is in the checkpoint too, and a resumed
+run takes its second step on these very answers. A checkpoint has all four models of the same step, or is not there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CLIP = 0.2  # how far a step may move the ratio of the new policy to the one tha
 GAE_LAMBDA = 0.95
 KL_TARGET = 0.05  # per token
 REWARD_MODEL_WEIGHT = 0.2
-RIDGE = 0.1  # how much the reward model's fit is held back
+RIDGE = 0.01  # how much the reward model's fit is held back
 
 
 class ExperienceBuffer:
@@ -93,9 +93,11 @@ class AdaptiveKL:
 
 @torch.no_grad()
 def fit_reward_model(scorer: Any, tokenizer: Any) -> None:
-    """Fit the head by least squares: 1 at the end of a question's own answer, -1 at the end of another question's."""
+    """Fit the head by least squares: 1 at the end of a docstring's sentence, -1 where its words are mixed up."""
     pairs = questions_and_answers()[::4]
-    texts = [*pairs, *((question, pairs[index - 1][1]) for index, (question, _) in enumerate(pairs))]
+    words = [answer.removesuffix(".").split() for _, answer in pairs]
+    mixed = [" ".join(answer[1::2] + answer[::2]) + "." for answer in words]
+    texts = [*pairs, *((question, answer) for (question, _), answer in zip(pairs, mixed, strict=True))]
     rows = [encode_prompt(tokenizer, question) + encode_answer(tokenizer, answer) for question, answer in texts]
     tokens, mask = padded(rows, end_token(tokenizer))
     hidden = scorer.model(input_ids=tokens, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
@@ -227,5 +229,5 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    train(parse_arguments(__doc__, steps=40, save_every=5, batch=8))
+    train(parse_arguments(__doc__, steps=30, save_every=5, batch=8))
     DistCoordinator().destroy()  # after the models are gone: a gloo group that DDP is the last to hold can hang there

@@ -63,11 +63,11 @@ def frozen_copy(model: Any) -> Any:
 def make_scorer(model: Any, num_layers: int) -> Any:
     """Return the first layers of a language model with a head that gives every token one number, at first 0."""
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.num_labels, config.classifier_dropout = num_layers, 1, 0.0
+    config.num_hidden_layers, config.num_labels = num_layers, 1
+    config.classifier_dropout, config.token_classification_bias = 0.0, False
     scorer = LlamaForTokenClassification(config)
     scorer.model.load_state_dict(model.model.state_dict(), strict=False)  # the other layers are left over
     torch.nn.init.zeros_(scorer.score.weight)
-    torch.nn.init.zeros_(scorer.score.bias)
     return scorer
 
 

@@ -61,8 +61,11 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
     ours, theirs = tensors_of(one), tensors_of(other)
     assert ours.keys() == theirs.keys()
     differing = [name for name, tensor in ours.items() if not torch.equal(bits(tensor), bits(theirs[name]))]
-    assert not differing
-    assert dict(documents_of(one)) == dict(documents_of(other))
+    assert not differing, f"these tensors differ: {differing}"
+    ours_too, theirs_too = dict(documents_of(one)), dict(documents_of(other))
+    names = sorted(ours_too.keys() | theirs_too.keys())
+    differing_too = [name for name in names if ours_too.get(name) != theirs_too.get(name)]
+    assert not differing_too, f"these documents differ: {differing_too}"
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,7 +97,8 @@ def assert_goes_on_as_if_nothing_had_happened(
     assert len(before) > saved  # the killed run had gone farther than it had saved
     resumed = run_example(name, killed, *options, timeout_s=timeout_s)
     assert f"resumed from step {saved}" in resumed
-    assert log_of(killed) == log_of(whole)
+    for line, expected in zip(log_of(killed), log_of(whole), strict=True):
+        assert line == expected, f"after the resume a step differs: {line}, uninterrupted {expected}"
     assert committed(killed) == committed(whole)
     for checkpoint in committed(whole):
         assert_equal_checkpoints(whole / checkpoint, killed / checkpoint)

@@ -87,6 +87,9 @@ def test_an_answer_is_compared_with_its_group(grpo: ModuleType) -> None:
 
 def test_sampling_follows_the_models_distribution_and_the_random_state(rlhf: ModuleType) -> None:
     actor, _ = rlhf.make_actor(tiny=True)
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(10.0 if parameter.ndim == 2 else 1.0)  # far from a uniform distribution: context counts
     prompts = [list(b"a long question?\n"), list(b"why?\n")]
     torch.manual_seed(5)
     texts = rlhf.sample(actor, None, prompts)
@@ -109,7 +112,7 @@ def test_sampling_follows_the_models_distribution_and_the_random_state(rlhf: Mod
             places = torch.arange(len(prompt), len(row))
             expected[index] = log_probs[places - 1, torch.tensor(row)[places]]
         found = rlhf.answer_log_probs(actor, texts)
-    assert torch.allclose(found * texts.answer_mask, expected * texts.answer_mask, atol=1e-5)
+    assert torch.allclose(found * texts.answer_mask, expected * texts.answer_mask, atol=1e-3)
 
 
 def test_nothing_counts_after_the_end_of_an_answer(rlhf: ModuleType) -> None:
