@@ -137,10 +137,10 @@ SOUND = {
     [
         True, [], {}, {"num_findings": 1}, {"num_findings": -1, "findings": []}, {"num_findings": 0, "findings": {}},
         {"num_findings": 0, "findings": [], "unknown": 1},
-        *({"num_findings": 1, "findings": [SOUND | fields]} for fields in (
+        *({"num_findings": 1, "findings": [SOUND | fields]} for fields in list[dict[str, Any]]((
             {"kind": "other"}, {"part": None}, {"holders": []}, {"holders": [{"ranks": [-1], "num_ranks": 1}]},
             {"holders": [{"ranks": "0", "num_ranks": 1}]}, {"num_bytes": -1}, {"unknown": 1},
-        )),
+        ))),
     ],
 )  # fmt: skip
 def test_a_suspicion_that_is_none(suspect: Any) -> None:
