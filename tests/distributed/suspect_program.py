@@ -146,15 +146,15 @@ def ddp_sampled(out: Path) -> None:
             found = [save(checkpointer, state, number).suspect for number in range(12)]
             suspects = [suspect for suspect in found if suspect is not None]
             assert 0 < len(suspects) < len(found)  # the weights are 360 kB: six windows
-            for suspect in suspects:
-                assert told(suspect) == [("replicas_differ", "0.weight", None, [[0], [1]])]
-                assert suspect.findings[0].num_bytes in (65536, WIDTH * WIDTH * 4 - 5 * 65536)
+            for one in suspects:
+                assert told(one) == [("replicas_differ", "0.weight", None, [[0], [1]])]
+                assert one.findings[0].num_bytes in (65536, WIDTH * WIDTH * 4 - 5 * 65536)
             assert state.optimizer is not None
             with torch.no_grad():
                 state.optimizer.state[parameter(state, "0.weight")]["exp_avg"].mul_(1 + RANK)
-            last = save(checkpointer, state, 99).suspect
-            assert last is not None
-            assert ("replicas_differ", "0.weight", "exp_avg", [[0], [1]]) in told(last)
+            drifted = save(checkpointer, state, 99).suspect
+            assert drifted is not None
+            assert ("replicas_differ", "0.weight", "exp_avg", [[0], [1]]) in told(drifted)
 
 
 def ddp_off_and_ranks_that_do_not_agree(out: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -23,13 +23,16 @@ from shardpoint.checksum import crc64, to_hex
 from shardpoint.commit.attempt import MAX_NAME_BYTES
 from shardpoint.container import DATA_ALIGNMENT_BYTES, layout_file
 from shardpoint.dtypes import ITEMSIZE_BYTES
+from shardpoint.engine.evidence import MAX_FINDINGS
 from shardpoint.engine.training import optimizer_document
 from shardpoint.journal import JOURNAL_NAME, Life, Step, read_journal, samples_of
 from shardpoint.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
+    Finding,
     Manifest,
     RawTensor,
+    Suspect,
     codec,
     decode_document,
     decode_manifest,
@@ -122,6 +125,18 @@ def test_the_manifest_is_written_as_the_sample() -> None:
     assert f"version {FORMAT_MAJOR}.{FORMAT_MINOR}" in TEXT.splitlines()[0]
 
 
+def test_the_findings_of_a_suspect_checkpoint_are_told() -> None:
+    sample = msgspec.json.decode(chosen("suspect")[""].body, type=Suspect, strict=True)
+    (finding,) = json.loads(chosen("suspect")[""].body)["findings"]
+    assert set(finding) == {field.name for field in msgspec.structs.fields(Finding)}
+    manifest = decode_manifest(file_bytes("", chosen("file")["shardpoint.json"]))
+    marked = msgspec.structs.replace(manifest, suspect=sample)
+    assert decode_manifest(encode_manifest(marked)) == marked
+    assert f"the first {MAX_FINDINGS} of them" in TEXT
+    kinds = get_args(msgspec.structs.fields(Finding)[0].type)
+    assert all(f'`"{kind}"`' in TEXT for kind in kinds)
+
+
 def test_every_field_of_the_manifest_is_told() -> None:
     table = TEXT.partition("## The manifest")[2].partition("\n- ")[0]
     told = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
@@ -212,7 +227,7 @@ def test_the_owner_sample_has_the_fields_of_a_real_one(tmp_path: Path) -> None:
 
 def test_every_sample_is_tested() -> None:
     kinds = {block.info.partition(" ")[2].partition("=")[0] for block in BLOCKS}
-    assert kinds == {"header", "data", "file", "document", "crc", "owner", "next", "journal"}
+    assert kinds == {"header", "data", "file", "document", "crc", "owner", "next", "journal", "suspect"}
 
 
 def test_the_journal_is_read_and_written_as_the_sample(tmp_path: Path) -> None:

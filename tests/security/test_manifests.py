@@ -126,10 +126,14 @@ def test_a_field_of_another_type_or_range(field: str, value: Any) -> None:
         decode_manifest(sealed(good() | {field: value}))
 
 
-SOUND = {
+SOUND: dict[str, Any] = {
     "kind": "not_finite", "part": "m", "fqn": "w", "state": None, "holders": [{"ranks": [0], "num_ranks": 1}],
     "num_bytes": 4,
 }  # fmt: skip
+WRONG: list[dict[str, Any]] = [
+    {"kind": "other"}, {"part": None}, {"holders": []}, {"holders": [{"ranks": [-1], "num_ranks": 1}]},
+    {"holders": [{"ranks": "0", "num_ranks": 1}]}, {"num_bytes": -1}, {"unknown": 1},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -137,10 +141,7 @@ SOUND = {
     [
         True, [], {}, {"num_findings": 1}, {"num_findings": -1, "findings": []}, {"num_findings": 0, "findings": {}},
         {"num_findings": 0, "findings": [], "unknown": 1},
-        *({"num_findings": 1, "findings": [SOUND | fields]} for fields in list[dict[str, Any]]((
-            {"kind": "other"}, {"part": None}, {"holders": []}, {"holders": [{"ranks": [-1], "num_ranks": 1}]},
-            {"holders": [{"ranks": "0", "num_ranks": 1}]}, {"num_bytes": -1}, {"unknown": 1},
-        ))),
+        *({"num_findings": 1, "findings": [SOUND | fields]} for fields in WRONG),
     ],
 )  # fmt: skip
 def test_a_suspicion_that_is_none(suspect: Any) -> None:

@@ -159,7 +159,7 @@ def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tu
     if rooms:
         torch._foreach_copy_(rooms, [source for _, _, source in now])
     for (name, held, _), room in zip(now, rooms, strict=True):
-        snapshot.held[name] = Held(room, held.region, held.is_stable)
+        snapshot.held[name] = Held(room, held.region, held.is_stable, room)
     return later
 
 

@@ -194,6 +194,13 @@ def flat_bytes(local: torch.Tensor) -> torch.Tensor:
     return local.reshape(-1).view(torch.uint8)
 
 
+def stored_bytes(local: torch.Tensor) -> torch.Tensor:
+    """Return the bytes that are stored of a local part, uint8 `[num_bytes]`, on its device; no copy if possible."""
+    if local.is_contiguous() and not local.is_conj() and not local.is_neg():
+        return flat_bytes(local)
+    return flat_bytes(local.resolve_conj().resolve_neg().contiguous())
+
+
 class LocalBytes:
     """The bytes of this rank's part of a tensor, to be staged or filled.
 
@@ -248,12 +255,6 @@ class LocalBytes:
             resolved = self._local.resolve_conj().resolve_neg().contiguous()
             self._bytes = flat_bytes(resolved.cpu())
         return self._bytes.numpy()
-
-    def read(self, start: int, stop: int) -> ByteArray:
-        """Return some bytes, uint8 `[stop - start]`, to read from; from a GPU these alone are copied."""
-        if self._bytes is None:
-            self._bytes = flat_bytes(self._local.resolve_conj().resolve_neg().contiguous())
-        return self._bytes[start:stop].cpu().numpy()
 
     def write_view(self) -> memoryview:
         """Return the bytes, `num_bytes` of them, to write to; `finish` puts them where they belong."""

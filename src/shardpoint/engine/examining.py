@@ -11,14 +11,18 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import torch
+
+from shardpoint.adapters.collect import Held
 from shardpoint.adapters.staging import Copier
+from shardpoint.adapters.tensors import stored_bytes
 from shardpoint.checksum import crc64
 from shardpoint.dtypes import stored_form
 from shardpoint.engine.evidence import Details, Evidence, NotFinite, Versions
 from shardpoint.engine.finite import not_finite_bytes
 from shardpoint.engine.opening import AgreedSave, ReplicaCheck
 from shardpoint.manifest import Holders
-from shardpoint.planning import ReplicaGroup, compared_window, turn_of
+from shardpoint.planning import MIN_WINDOW_BYTES, ReplicaGroup, compared_window, turn_of
 
 _BLOCK_BYTES = 16 * 2**20
 _ROW = struct.Struct("<IQ")
@@ -46,6 +50,7 @@ class Examination:
         self._replicas = replicas
         self._turn = turn_of(name)
         self._digests: dict[int, tuple[int, int]] = {}
+        self._entries: dict[int, list[int]] = {}
         self._not_finite: Counter[int] = Counter()
         self._mutex = threading.Lock()
 
@@ -81,26 +86,31 @@ class Examination:
         Returns:
             Whether there was anything to read.
         """
-        table, held = self._agreed.table, self._agreed.own.held
+        entries, held = self._agreed.table.entries, self._agreed.own.held
         found = False
-        for group in self._groups():
-            for index in self._compared(group):
-                entry = table.entries[index]
-                if not wanted(entry.part):
-                    continue
-                source = held[entry.part, entry.key].open()
-                start, stop = 0, source.num_bytes
-                if self._replicas == "sampled":
-                    start, stop = compared_window(stop, self._turn)
-                crc = 0
-                with copier.streams():
-                    for first in range(start, stop, _BLOCK_BYTES):
-                        crc = crc64(source.read(first, min(first + _BLOCK_BYTES, stop)).data, crc)
-                source.release()
-                self._digests[index] = crc, stop - start
-                progress(stop - start)
-                found = True
+        with torch.no_grad(), copier.streams():
+            for group in self._groups():
+                for index in self._compared(group):
+                    entry = entries[index]
+                    if wanted(entry.part):
+                        self._digests[index] = self._digest(held[entry.part, entry.key], progress)
+                        found = True
         return found
+
+    def _digest(self, held: Held, progress: Callable[[int], None]) -> tuple[int, int]:
+        """Return the digest of what is compared of a tensor, and how many bytes that is."""
+        data = stored_bytes(held.local)
+        if self._replicas == "sampled" and len(data) > MIN_WINDOW_BYTES:
+            start, stop = compared_window(len(data), self._turn)
+            data = data[start:stop]
+        if len(data) <= _BLOCK_BYTES:
+            crc = crc64(data.cpu().numpy().data)
+        else:
+            crc = 0
+            for block in data.split(_BLOCK_BYTES):
+                crc = crc64(block.cpu().numpy().data, crc)
+                progress(len(block))
+        return crc, len(data)
 
     def evidence(self) -> Evidence:
         """Return what this rank votes, once everything was compared and looked at."""
@@ -131,5 +141,8 @@ class Examination:
 
     def _compared(self, group: ReplicaGroup) -> list[int]:
         """Return the tensors of a group whose replicas must be equal."""
-        entries, held = self._agreed.table.entries, self._agreed.own.held
-        return [index for index in group.entries if held[entries[index].part, entries[index].key].is_stable]
+        if group.key not in self._entries:
+            entries, held = self._agreed.table.entries, self._agreed.own.held
+            stable = [index for index in group.entries if held[entries[index].part, entries[index].key].is_stable]
+            self._entries[group.key] = stable
+        return self._entries[group.key]

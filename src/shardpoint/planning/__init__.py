@@ -17,7 +17,7 @@ from shardpoint.planning.files import Layout, PartNaming, PlacedTensor, PlannedF
 from shardpoint.planning.matching import Match, match_target
 from shardpoint.planning.ownership import WriteItem, held_runs, is_held_alone, owned_items
 from shardpoint.planning.reads import PIECE_BYTES, Read, ReadPlan, Wanted, plan_reads, wanted_runs
-from shardpoint.planning.replicas import ReplicaGroup, compared_window, replica_groups, turn_of
+from shardpoint.planning.replicas import MIN_WINDOW_BYTES, ReplicaGroup, compared_window, replica_groups, turn_of
 from shardpoint.planning.small import (
     RUN_FIELDS,
     RunTable,
@@ -28,6 +28,7 @@ from shardpoint.planning.small import (
 )
 
 __all__ = [
+    "MIN_WINDOW_BYTES",
     "PIECE_BYTES",
     "RUN_FIELDS",
     "Chunk",
