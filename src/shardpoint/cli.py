@@ -100,6 +100,8 @@ def list_command(
     if intact:
         _print_table(intact)
     for item in found:
+        if item.get("pinned"):
+            _echo(f"{item['name']}: pinned")
         if "problem" in item:
             _echo(f"{item['name']}: {item['problem']}")
 
@@ -110,7 +112,7 @@ def _print_table(items: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence", "pinned"):
+    for heading in ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence"):
         left = heading in ("checkpoint", "committed (UTC)")
         # A column that does not fit is broken over lines, never cut.
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
@@ -123,7 +125,6 @@ def _print_table(items: list[dict[str, Any]]) -> None:
             str(item["world_size"]),
             escape(_visible(item["created_utc"])),
             str(item["sequence"]),
-            "yes" if item["pinned"] else "",
         )
     # Without a terminal there is no width to fit into: one line for each checkpoint, for whatever reads it.
     console = Console() if sys.stdout.isatty() else Console(width=10_000)

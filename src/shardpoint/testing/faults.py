@@ -41,7 +41,7 @@ class Fault:
     nth: int = 1
     action: Action = "raise"
     errno: int = errno.EIO
-    then: Callable[[], None] | None = None
+    then: Callable[[], object] | None = None
 
 
 class FaultyStore:
