@@ -102,6 +102,8 @@ def list_command(
     if intact:
         _print_table(intact)
     for item in found:
+        if item.get("pinned"):
+            _echo(f"{item['name']}: pinned")
         if "problem" in item:
             _echo(f"{item['name']}: {item['problem']}")
 
@@ -111,7 +113,7 @@ def _print_table(items: list[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    notes = ["note"] if any(item["suspect"] or item["pinned"] for item in items) else []
+    notes = ["note"] if any(item["suspect"] for item in items) else []
     table = Table(box=None, pad_edge=False)
     first = ("checkpoint", "epoch", "step", "samples", "size", "ranks", "committed (UTC)", "sequence")
     for heading in (*first, *notes):
@@ -127,7 +129,7 @@ def _print_table(items: list[dict[str, Any]]) -> None:
             str(item["world_size"]),
             escape(_visible(item["created_utc"])),
             str(item["sequence"]),
-            *(" ".join(word for word in ("suspect", "pinned") if item[word]) for _ in notes),
+            *("suspect" if item["suspect"] else "" for _ in notes),
         )
     # Without a terminal there is no width to fit into: one line for each checkpoint, for whatever reads it.
     console = Console() if sys.stdout.isatty() else Console(width=10_000)

@@ -431,17 +431,32 @@ def test_audit_without_a_journal(root: Path, run: Run) -> None:
     assert "NotFoundError: there is no journal.jsonl" in outcome.err
 
 
-# ---- pin
+# ---- pin, unpin
 
 
-def test_a_pin_is_shown_and_taken_away(root: Path, run: Run) -> None:
-    assert "pinned" not in run("ls", root).out
-    assert run("pin", root / NAMES[0]).out == f"{NAMES[0]} is pinned: no run prunes it\n"
-    first, second = (line for line in run("ls", root).out.splitlines() if line.startswith("epoch"))
-    assert (first.split()[-1], second.split()[-1]) != ("pinned", "pinned")
-    assert "pinned" in (first.split()[-1], second.split()[-1])
+def test_pin_and_unpin(root: Path, run: Run) -> None:
+    assert run("pin", root / NAMES[0]) == Outcome(0, f"{NAMES[0]} is pinned: no run prunes it\n", "")
+    assert parsed(run("pin", root / NAMES[0], "--json")) == {"name": NAMES[0], "pinned": True}
+    assert [item["pinned"] for item in parsed(run("ls", root, "--json"))["checkpoints"]] == [True, False]
+    assert run("ls", root).out.splitlines()[3:] == [f"{NAMES[0]}: pinned"]
     assert parsed(run("show", root / NAMES[0], "--json"))["pinned"] is True
     assert run("verify", root).code == 0
+    assert (root / ".shardpoint" / "pins" / NAMES[0]).read_bytes() == b""
     assert parsed(run("unpin", root / NAMES[0], "--json")) == {"name": NAMES[0], "pinned": False}
-    assert parsed(run("show", root / NAMES[0], "--json"))["pinned"] is False
-    assert run("pin", root / "nothing").code == 10
+    assert not any(item["pinned"] for item in parsed(run("ls", root, "--json"))["checkpoints"])
+
+
+def test_pin_and_unpin_of_what_is_not_there(root: Path, run: Run, tmp_path: Path) -> None:
+    assert run("pin", root / "epoch-0_step-5").code == 10
+    assert run("unpin", root / NAMES[0]).code == 10
+    (root / "mine").mkdir()
+    assert run("pin", root / "mine").code == 12
+    assert run("pin", root).code == 2
+    assert run("pin", tmp_path / "nowhere" / "x").code == 10
+    assert not (tmp_path / "nowhere").exists()
+    error = parsed(run("unpin", root / "epoch-0_step-5", "--json"))
+    assert error["error"] == "NotFoundError"
+    # A pin of what was deleted by hand can be taken away.
+    run("pin", root / NAMES[0])
+    shutil.rmtree(root / NAMES[0])
+    assert run("unpin", root / NAMES[0]).code == 0

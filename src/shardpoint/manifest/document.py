@@ -157,7 +157,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         epoch: position in training, or None for a directory that is not a training checkpoint.
         step: likewise.
         sample_start_index: samples of the epoch already consumed, over all ranks, or None.
-        created_utc: wall clock of the coordinator, for people only; nothing is decided by it.
+        created_utc: wall clock of the coordinator, for people; nothing is decided by it but what `NewerThan` keeps.
         library: what wrote it, `"shardpoint 0.1.0"`.
         world_size: the number of ranks that wrote it.
         roles: the names of the models in it; `[""]` when there is just one.
