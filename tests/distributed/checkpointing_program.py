@@ -43,6 +43,7 @@ from shardpoint.errors import (
     MismatchError,
     NotFoundError,
     PeerError,
+    ResumeMismatchError,
     StorageError,
     TornCheckpointError,
     UsageError,
@@ -284,6 +285,29 @@ def check_random_state_and_samplers_by_rank(out: Path) -> None:
     both: list[Any] = [None, None]
     dist.all_gather_object(both, expected)
     assert both[0] != both[1]
+
+
+def check_a_resume_that_is_not_true_on_one_rank(out: Path) -> None:
+    def sampler() -> StatefulDistributedSampler:
+        return StatefulDistributedSampler(range(24), num_replicas=2, rank=RANK, seed=1)
+
+    state = made("fsdp", 0)
+    state.sampler = sampler()
+    step(state, range(2))
+    state.sampler.set_start_index(8)
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(state, epoch=0, step=2, batch_size=4)
+        state.sampler = sampler()
+        with patch.object(StatefulDistributedSampler, "load_state_dict" if RANK == 1 else "__doc__", lambda *_: None):
+            error = raises(ResumeMismatchError, lambda: checkpointer.resume(state))
+        same_everywhere(error.differences)
+        assert error.differences[0] == "data/rank-00001.json: start_index was 8 and is 0"
+        assert checkpointer.resume(state) == RunState(0, 2, 8)
+        checkpointer.journal.record(epoch=0, step=3, loss=0.5, samples=[1])
+        raises(UsageError, lambda: checkpointer.journal.record(epoch=0, step=3, loss=0.5))
+        header, line = map(json.loads, (out / "journal.jsonl").read_text().splitlines()) if RANK == 0 else ({}, {})
+        assert RANK or (header["world_size"], header["layout"], header["num_samples"]) == (2, "S(0) over 2 cpu", 24)
+        assert RANK or line["optimizers"][""]["steps"] == 2
 
 
 def check_roles(out: Path) -> None:

@@ -68,6 +68,9 @@ def test_a_sampler_whose_position_depends_on_the_rank(launched: tuple[Path, list
         def load_state_dict(self, state: Any) -> None:
             self.loaded = state
 
+        def state_dict(self) -> Any:
+            return self.loaded
+
     root = launched[0] / "random_state_and_samplers_by_rank"
     model = torch.nn.Linear(1, 1)
     own = Own()

@@ -154,6 +154,10 @@ def test_a_sampler_that_stands_at_the_beginning_after_steps_is_an_error(tmp_path
         checkpointer.save(state, epoch=0, step=0, batch_size=BATCH)  # nothing was done yet
         state.sampler.set_epoch(1)
         checkpointer.save(state, epoch=1, step=STEPS, batch_size=BATCH)  # a count of steps that goes on over epochs
+        state.sampler.set_epoch(0)
+        checkpointer.save(
+            state, epoch=2, step=STEPS, batch_size=BATCH
+        )  # a loop that does not tell the sampler of epochs
 
 
 def test_a_stored_position_at_the_beginning_after_steps_is_an_error(tmp_path: Path) -> None:
@@ -257,9 +261,22 @@ def test_a_scheduler_that_newer_torch_gave_one_more_field(saved: Path) -> None:
     resume(saved, state)
 
 
-def test_a_sampler_that_ignores_its_position(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["lr_scheduler", "sampler"])
+def test_what_cannot_be_read_back_is_an_error(name: str, saved: Path) -> None:
+    class MultiStepLR:
+        def load_state_dict(self, _: Any) -> None:
+            raise AssertionError
+
+    state = made()
+    setattr(state, name, MultiStepLR())
+    with pytest.raises(MismatchError, match="MultiStepLR has no state_dict"):
+        resume(saved, state)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_sampler_that_ignores_its_position(lazy: bool, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StatefulDistributedSampler, "load_state_dict", lambda *_: None)
-    differences = refused(saved, made())
+    differences = refused(saved, made(), lazy_optimizer=lazy)
     assert differences[0] == "data/rank-00000.json: start_index was 12 and is 0"
     assert differences[1].startswith(
         "data/next.json: 256 samples were to come next and 256 do; from number 0 on they were"

@@ -345,6 +345,8 @@ def _add_scheduler(
     values, problem = scheduler_state(state.lr_scheduler, data, path)
     if problem is not None:
         collected.problems.append(problem)
+    if not hasattr(state.lr_scheduler, "state_dict"):
+        collected.problems.append(f"{path}: {type(state.lr_scheduler).__name__} has no state_dict to compare")
     if state.optimizer is not None and steps_another(state.lr_scheduler, state.optimizer):
         collected.problems.append(f"{path}: {_OTHERS_SCHEDULER}")
     installs.append(lambda: state.lr_scheduler.load_state_dict(values))
@@ -427,6 +429,8 @@ def _check_sampler(source: Source, role: str, state: TrainState, collected: Coll
     problem = position_problem(values, stored_run(source)) if source.manifest.step is not None else None
     if problem is not None:
         collected.problems.append(f"{directory}: {problem}")
+    if not hasattr(state.sampler, "state_dict"):
+        collected.problems.append(f"{directory}: {type(state.sampler).__name__} has no state_dict to compare")
     collected.checks.append(lambda: sampler_differences(state.sampler, values, path))
     following = join(directory, NEXT_SAMPLES_NAME)
     upcoming = source.document(following)
