@@ -199,6 +199,23 @@ def ddp_changed_once_released(out: Path) -> None:
         assert [one.result().suspect for one in pending] == [None] * 3
 
 
+def ddp_a_role_that_one_rank_does_not_write(out: Path) -> None:
+    """Of a single tensor of less than a block one rank writes all: the other compares it all the same, and says so."""
+    torch.manual_seed(0)
+    tiny = TrainState(model=nn.parallel.DistributedDataParallel(nn.Linear(5, 5, bias=False)))
+    with Checkpointer(out, async_save=True) as checkpointer:
+        found = []
+        for number, change in enumerate((0.0, 1.0)):
+            with torch.no_grad():
+                parameter(tiny, "weight")[0, 0] += change * RANK
+            pending = checkpointer.save({"large": ddp_state(), "tiny": tiny}, epoch=0, step=number, batch_size=1)
+            assert pending is not None
+            pending.staged()
+            found.append(pending.result().suspect)
+        assert found[0] is None
+        assert told(found[1]) == [("replicas_differ", "weight", None, [[0], [1]])]
+
+
 def ddp_values_that_are_not_finite(out: Path) -> None:
     """Each value is counted once, whoever wrote it; replicas that are NaN alike do not differ."""
     state = ddp_state()
@@ -279,6 +296,7 @@ TWO = (
     ddp_sampled,
     ddp_off_and_ranks_that_do_not_agree,
     ddp_changed_once_released,
+    ddp_a_role_that_one_rank_does_not_write,
     ddp_values_that_are_not_finite,
 )
 FOUR = (hsdp_one_replica, ddp_of_four, plain_models)
