@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardpoint import Checkpointer, Latest, RunState, TrainState
+from shardpoint import Checkpointer, Latest, PendingSave, RunState, TrainState
 from shardpoint.engine import background
 from shardpoint.engine.writing import stage_chunk
 from shardpoint.errors import SaveCancelledError, StorageError, TornSnapshotError, UsageError
@@ -287,6 +287,26 @@ def test_a_cancelled_save_commits_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         done.result(WAIT_S)
         assert not done.cancel()
     assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-0_step-2"]
+
+
+def test_what_is_staged_of_a_cancelled_save_is_not_written(tmp_path: Path) -> None:
+    state, asked, found = made(), threading.Event(), list[PendingSave | None]()
+
+    def cancel() -> None:  # everything is staged, and nothing is written yet
+        assert asked.wait(WAIT_S)
+        assert found[0] is not None
+        assert found[0].cancel()
+
+    store = FaultyStore(LocalStore(tmp_path), [Fault("create_file", "*attempt-*", action="call", then=cancel)])
+    with Checkpointer(tmp_path, async_save=True, store=store) as checkpointer:
+        found.append(checkpointer.save(state, epoch=0, step=1, batch_size=8))
+        asked.set()
+        assert found[0] is not None
+        with pytest.raises(SaveCancelledError):
+            found[0].result(WAIT_S)
+        ops = [op for op, _ in store.log]
+        assert ops.count("write") == ops.count("create_file") > 0  # a header each, which the attempt was opened with
+        assert len(checkpointer._pool._free) == checkpointer._pool._num_buffers > 0
 
 
 @pytest.mark.parametrize("op", ["create_file", "write", "sync", "close", "rename"])

@@ -74,6 +74,7 @@ def test_every_so_many_seconds_asks_for_no_step() -> None:
         ([5], [5, 6], 4, [5]),
         ([5], [6, 8], 4, [6]),
         ([2, 5], [1, 2, 3, 1, 2, 3], None, [2, 2]),  # counted anew in each epoch
+        ([2], [3, 6, 3, 6], None, [3, 3]),
         ([5], range(1, 4), None, []),
     ],
 )
