@@ -73,4 +73,4 @@ def test_what_was_left_is_seen_once(name: str, lives: dict[int, list[dict[str, A
 def test_what_counts_for_one_rank_is_refused_on_others(world_size: int, lives: dict[int, list[dict[str, Any]]]) -> None:
     for rank in lives[world_size]:
         assert "counts the batches of one rank: resume on 2 ranks" in rank["refused"]["equal states"]
-        assert "saved by 2 ranks whose sampler states differ" in rank["refused"]["workers"]
+        assert "saved by 2 ranks whose states differ" in rank["refused"]["workers"]
