@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +26,7 @@ from shardpoint.errors import MismatchError, PeerError, SaveCancelledError, Torn
 from shardpoint.events import Event
 from shardpoint.storage import LocalStore
 from shardpoint.testing import Fault, FaultyStore
+from tests.distributed.reporting import run_and_report
 from tests.training import on_disk, optimizer_state, same_bits, weights
 
 E = TypeVar("E", bound=BaseException)
@@ -276,17 +275,7 @@ def main() -> None:
     RANK = dist.get_rank()
     if wanted == ["kill"]:
         kill(out)
-    report: dict[str, str] = {}
-    for name in wanted:
-        began = time.monotonic()
-        try:
-            checks()[name](out / name)
-            report[name] = f"ok in {time.monotonic() - began:.1f} s"
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            report[name] = traceback.format_exc()
-            print(report[name], file=sys.stderr, flush=True)  # noqa: T201 - the test reads it
-            break  # the ranks may be in different places now
-    print(json.dumps(report), flush=True)  # noqa: T201 - the test reads it
+    run_and_report({name: checks()[name] for name in wanted}, lambda name: out / name)
     dist.destroy_process_group()
 
 

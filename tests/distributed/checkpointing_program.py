@@ -10,7 +10,6 @@ import os
 import random
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +51,7 @@ from shardpoint.events import Event
 from shardpoint.planning import small
 from shardpoint.storage import LocalStore
 from shardpoint.testing import Fault, FaultyStore
+from tests.distributed.reporting import run_and_report
 from tests.training import (
     OPTIMIZERS,
     bits,
@@ -847,18 +847,7 @@ def main() -> None:
         print("{}")  # noqa: T201 - the test reads it
         dist.destroy_process_group()
         return
-    report: dict[str, str] = {}
-    for name in wanted:
-        began = time.monotonic()
-        try:
-            place = out if name == "reshaped" else out / name
-            checks()[name](place)
-            report[name] = f"ok in {time.monotonic() - began:.1f} s"
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            report[name] = traceback.format_exc()
-            print(report[name], file=sys.stderr, flush=True)  # noqa: T201 - the test reads it
-            break  # the ranks may be in different places now
-    print(json.dumps(report), flush=True)  # noqa: T201 - the test reads it
+    run_and_report({name: checks()[name] for name in wanted}, lambda name: out if name == "reshaped" else out / name)
     dist.destroy_process_group()
 
 

@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from shardpoint.engine.writing import stage_chunk
 from shardpoint.errors import SaveCancelledError
 from shardpoint.events import Event
 from shardpoint.policies import SavePolicy
+from tests.distributed.reporting import run_and_report
 from tests.training import net, on_disk, same_bits, weights
 
 WAIT_S = 60.0
@@ -269,17 +268,7 @@ def main() -> None:
         torchrun(out)
         dist.destroy_process_group()
         return
-    report: dict[str, str] = {}
-    for name in wanted:
-        began = time.monotonic()
-        try:
-            checks()[name](out / name)
-            report[name] = f"ok in {time.monotonic() - began:.1f} s"
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            report[name] = traceback.format_exc()
-            print(report[name], file=sys.stderr, flush=True)  # noqa: T201 - the test reads it
-            break  # the ranks may be in different places now
-    print(json.dumps(report), flush=True)  # noqa: T201 - the test reads it
+    run_and_report({name: checks()[name] for name in wanted}, lambda name: out / name)
     dist.destroy_process_group()
 
 

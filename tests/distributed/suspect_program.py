@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from shardpoint.engine import examining, load_model
 from shardpoint.errors import UsageError
 from shardpoint.events import Event
 from shardpoint.manifest import Suspect, decode_manifest
+from tests.distributed.reporting import run_and_report
 from tests.training import bits, on_disk, weights
 
 RANK = 0
@@ -311,15 +310,7 @@ def main() -> None:
     global RANK  # noqa: PLW0603 - the checks are functions of the rank that runs them
     dist.init_process_group("gloo")
     RANK = dist.get_rank()
-    report: dict[str, str] = {}
-    for name, check in checks(dist.get_world_size()).items():
-        try:
-            check(Path(sys.argv[1]) / name)
-            report[name] = "ok"
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            report[name] = traceback.format_exc()
-            break  # the ranks may be in different places now
-    print(json.dumps(report), flush=True)  # noqa: T201 - the test reads it
+    run_and_report(checks(dist.get_world_size()), lambda name: Path(sys.argv[1]) / name)
     dist.destroy_process_group()
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.distributed.launch import REPO, run_ranks
 
 EXAMPLES = REPO / "examples"
+
+
+def import_example(name: str) -> ModuleType:
+    """Import an example as a module; its directory is on the path meanwhile, as when it is run."""
+    pytest.importorskip("transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        return importlib.import_module(name)
 
 
 def run_example(name: str, root: Path, *options: str, timeout_s: float = 200.0, survives: bool = True) -> str:

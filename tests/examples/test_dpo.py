@@ -17,6 +17,7 @@ from tests.examples.resuming import (
     EXAMPLES,
     assert_goes_on_as_if_nothing_had_happened,
     committed,
+    import_example,
     log_of,
     roles_of,
     tensors_of,
@@ -25,12 +26,7 @@ from tests.examples.resuming import (
 
 @pytest.fixture(scope="module")
 def dpo() -> ModuleType:
-    pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import dpo
-
-        return dpo
+    return import_example("dpo")
 
 
 @pytest.mark.distributed

@@ -16,6 +16,7 @@ from tests.examples.resuming import (
     EXAMPLES,
     assert_goes_on_as_if_nothing_had_happened,
     committed,
+    import_example,
     log_of,
     roles_of,
     run_example,
@@ -25,22 +26,12 @@ from tests.examples.resuming import (
 
 @pytest.fixture(scope="module")
 def rlhf() -> ModuleType:
-    pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import rlhf
-
-        return rlhf
+    return import_example("rlhf")
 
 
 @pytest.fixture(scope="module")
-def grpo(rlhf: ModuleType) -> ModuleType:
-    del rlhf
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import grpo
-
-        return grpo
+def grpo() -> ModuleType:
+    return import_example("grpo")
 
 
 @pytest.mark.distributed

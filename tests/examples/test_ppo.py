@@ -16,6 +16,7 @@ from tests.examples.resuming import (
     EXAMPLES,
     assert_goes_on_as_if_nothing_had_happened,
     committed,
+    import_example,
     log_of,
     roles_of,
     tensors_of,
@@ -24,12 +25,7 @@ from tests.examples.resuming import (
 
 @pytest.fixture(scope="module")
 def ppo() -> ModuleType:
-    pytest.importorskip("transformers")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import ppo
-
-        return ppo
+    return import_example("ppo")
 
 
 @pytest.mark.distributed

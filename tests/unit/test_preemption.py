@@ -78,6 +78,8 @@ def test_what_such_a_handler_raises_it_raises_but_the_signal_was_noted() -> None
 
 
 def test_an_interrupt_from_the_keyboard_can_be_one_and_interrupts_nothing_then() -> None:
+    # A shell starts what it puts into the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watch = SignalWatch([signal.SIGINT])
     watch.open()
     send(signal.SIGINT)
@@ -85,6 +87,7 @@ def test_an_interrupt_from_the_keyboard_can_be_one_and_interrupts_nothing_then()
     watch.close()
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -16,7 +16,14 @@ from shardpoint import Checkpointer, Latest, TrainState, load
 from shardpoint.catalog import verify
 from shardpoint.commit import find_committed
 from shardpoint.engine.linking import MAX_LINKED
-from shardpoint.errors import CommitUnknownError, MismatchError, NotFoundError, StorageError, UsageError
+from shardpoint.errors import (
+    CommitUnknownError,
+    MismatchError,
+    NotFoundError,
+    ResumeMismatchError,
+    StorageError,
+    UsageError,
+)
 from shardpoint.events import Event
 from shardpoint.manifest import Manifest, decode_manifest
 from shardpoint.storage import LocalStore
@@ -344,3 +351,11 @@ def test_nan_in_a_frozen_model_is_told_whether_its_file_is_written_or_linked(
             (finding,) = result.suspect.findings
             assert (finding.kind, finding.part, finding.fqn) == ("not_finite", "reference/modeling", "head.weight")
             assert finding.num_bytes == 4
+
+
+def test_an_extra_that_does_not_take_its_state_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        save(checkpointer, made(1), 1)
+        monkeypatch.setattr(Controller, "load_state_dict", lambda *_: None)
+        with pytest.raises(ResumeMismatchError, match=r"actor/extras/kl/rank-00000.json: value was 0.25 and is 0.5"):
+            checkpointer.resume(made(2))

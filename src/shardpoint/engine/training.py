@@ -218,7 +218,6 @@ def training_target(
         behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
         _add_scheduler(source, role, state, collected, installs, optional)
         installs += _carried(source, role, state, collected, comm, optional)
-        _check_sampler(source, role, state, collected, comm)
     if not partial:
         collected.unexpected += optional
     options = [optimizer.install_options for optimizer in collected.optimizers]
@@ -228,8 +227,8 @@ def training_target(
     checks: list[Callable[[], Iterable[str]]] = [*same_options, *collected.checks]
     if random_state:
         # Order: put back last, and looked at last: whatever a check above draws from it is noticed.
-        put_back, unchanged = _random_state(source, comm, listener)
-        installs += put_back
+        write_back, unchanged = _random_state(source, comm, listener)
+        installs += write_back
         checks += unchanged
         if comm.is_coordinator:
             installs += watch_samplers(roles, source.manifest.name, listener)
@@ -363,7 +362,7 @@ def _carried(
     """Return what gives a role's sampler and extras back the states that this rank's had."""
     installs: list[Callable[[], None]] = []
     if state.sampler is not None:
-        installs += _per_rank(source, join(role, "data"), state.sampler, collected, comm)
+        installs += _sampler(source, join(role, "data"), state.sampler, collected, comm)
     elif _rank_documents(source, join(role, "data")):
         optional.append(join(role, "data"))
     top = join(role, "extras")
@@ -377,9 +376,17 @@ def _carried(
 
 
 def _per_rank(
-    source: Source, directory: str, target: Any, collected: Collected, comm: Comm
+    source: Source,
+    directory: str,
+    target: Any,
+    collected: Collected,
+    comm: Comm,
+    problem_of: Callable[[Any], str | None] = lambda _state: None,
 ) -> list[Callable[[], None]]:
-    """Return what gives an object back the state that this rank's had; note what does not fit."""
+    """Return what gives an object back the state that this rank's had.
+
+    What does not fit is noted, and that the state is to be looked at again once it is back.
+    """
     stored = _rank_documents(source, directory)
     if not stored:
         collected.missing.append(directory)
@@ -402,9 +409,18 @@ def _per_rank(
             return []
         data = contents.pop()
     assert data is not None  # noqa: S101 - listed files have contents
-    values = live_values(decode_document(data, path))
+    state = decode_document(data, path)
+    values = live_values(state)
     if isinstance(target, dict):
         return [functools.partial(_refill, target, values)]
+    problem = problem_of(state)
+    if problem is not None:
+        collected.problems.append(f"{directory}: {problem}")
+    if not callable(getattr(target, "state_dict", None)):
+        collected.problems.append(f"{directory}: {type(target).__name__} has no state_dict to compare")
+    elif source.manifest.world_size == comm.world_size or not is_stateful_loader(target):
+        # On another number of ranks a loader's own state says the same position in other words.
+        collected.checks.append(lambda: sampler_differences(target, state, path))
     try:
         check_fit(target, values, source.manifest.world_size, comm.world_size)
     except UsageError as error:
@@ -417,27 +433,20 @@ def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
     target.update(values)
 
 
-def _check_sampler(source: Source, role: str, state: TrainState, collected: Collected, comm: Comm) -> None:
-    """Note what is wrong with a stored position, and have it looked at again once the sampler is restored."""
-    directory = join(role, "data")
-    stored = [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
-    if state.sampler is None or not stored:
-        return
-    own = rank_document(directory, comm.rank)
-    path = own if own in stored else stored[0]  # on another number of ranks only one that is the same on all is loaded
-    values = decode_document(source.document(path) or b"", path)
-    problem = position_problem(values, stored_run(source)) if source.manifest.step is not None else None
-    if problem is not None:
-        collected.problems.append(f"{directory}: {problem}")
-    if not hasattr(state.sampler, "state_dict"):
-        collected.problems.append(f"{directory}: {type(state.sampler).__name__} has no state_dict to compare")
-    if source.manifest.world_size == comm.world_size or not is_stateful_loader(state.sampler):
-        # On another number of ranks a loader's own state says the same position in other words.
-        collected.checks.append(lambda: sampler_differences(state.sampler, values, path))
+def _sampler(
+    source: Source, directory: str, sampler: Any, collected: Collected, comm: Comm
+) -> list[Callable[[], None]]:
+    """Return what gives a sampler its position back; the samples that come next are looked at once it is back."""
+
+    def problem_of(state: Any) -> str | None:
+        return position_problem(state, stored_run(source)) if source.manifest.step is not None else None
+
+    installs = _per_rank(source, directory, sampler, collected, comm, problem_of)
     following = join(directory, NEXT_SAMPLES_NAME)
     upcoming = source.document(following)
     if upcoming is not None:
-        collected.checks.append(lambda: next_samples_differences(state.sampler, upcoming, following))
+        collected.checks.append(lambda: next_samples_differences(sampler, upcoming, following))
+    return installs
 
 
 def _random_state(
