@@ -290,6 +290,20 @@ def test_a_sampler_that_orders_the_samples_otherwise(saved: Path, monkeypatch: p
     assert difference.startswith("data/next.json: 256 samples were to come next and 256 do; from number 0 on")
 
 
+def test_a_sampler_that_drops_others_since_its_batches_are_larger(tmp_path: Path) -> None:
+    state = made()
+    state.sampler = StatefulDistributedSampler(range(NUM_SAMPLES), num_replicas=1, rank=0, drop_last=True)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, epoch=0, step=0, batch_size=1)
+    other = made()
+    other.sampler = StatefulDistributedSampler(range(NUM_SAMPLES), num_replicas=7, rank=0, drop_last=True)
+    (difference,) = refused(tmp_path, other)
+    assert "make the sampler with the batch_size that the run was saved with" in difference
+    kept = made()
+    kept.sampler = StatefulDistributedSampler(range(NUM_SAMPLES), num_replicas=1, rank=0, drop_last=True)
+    resume(tmp_path, kept)
+
+
 @pytest.mark.parametrize(
     "draws, name",
     [(random.random, "python"), (np.random.random, "numpy"), (lambda: torch.rand(1), "torch")],

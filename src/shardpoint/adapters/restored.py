@@ -92,8 +92,17 @@ def next_samples_differences(sampler: Any, data: bytes, path: str) -> Iterator[s
         )
         yield (
             f"{path}: {len(stored)} samples were to come next and {len(live)} do; from number {place} on they were "
-            f"{stored[place : place + 4]} and are {live[place : place + 4]}"
+            f"{stored[place : place + 4]} and are {live[place : place + 4]}{_why_others_are_dropped(sampler)}"
         )
+
+
+def _why_others_are_dropped(sampler: Any) -> str:
+    if not getattr(sampler, "drop_last", False):
+        return ""
+    return (
+        "; with drop_last and another batch_size than before (by default it follows the number of ranks), other "
+        "samples are left out at the end of an epoch: make the sampler with the batch_size that the run was saved with"
+    )
 
 
 def position_problem(sampler_state: Any, run: RunState) -> str | None:
