@@ -22,6 +22,7 @@ from shardpoint.adapters.collect import (
     scheduler_state,
 )
 from shardpoint.adapters.names import NamedModule, name_tensors
+from shardpoint.adapters.nesting import is_skeleton
 from shardpoint.adapters.restored import (
     next_samples,
     next_samples_differences,
@@ -315,6 +316,9 @@ def optimizer_document(data: bytes, path: str) -> dict[str, object]:
         well_formed = all(
             isinstance(group["params"], list) and isinstance(group["options"], dict) for group in document["groups"]
         ) and all(isinstance(values, dict) for values in document["states"].values())
+        well_formed &= all(
+            is_skeleton(node) for values in document.get("nested", {}).values() for node in values.values()
+        )
     except (KeyError, TypeError, AttributeError):
         well_formed = False
     if not well_formed:
