@@ -8,7 +8,7 @@ inside of dicts and lists too; numbers and 0-dim tensors (`step`) go into `param
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -214,7 +214,9 @@ class OptimizerTarget:
             those are filled in place.
         tensors: one for each stored tensor of a parameter that this rank has.
         problems: what does not fit, one line each.
-        group_of: for each live group, the stored one that its parameters are in.
+        group_of: for each live group, the stored one that its parameters are in; None keeps its options.
+        exempt: names that may have no place, or another one, in the checkpoint's groups.
+        missing: (FQN, line) of those that have, and of others that have none: whoever matches refuses those.
     """
 
     optimizer: Optimizer
@@ -223,7 +225,14 @@ class OptimizerTarget:
     groups: list[list[tuple[str, torch.Tensor]]]
     tensors: list[StateTensor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    group_of: list[int] = field(default_factory=list)
+    group_of: list[int | None] = field(default_factory=list)
+    exempt: frozenset[str] = frozenset()
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def unstored(self) -> frozenset[str]:
+        """The parameters that the checkpoint has no place for, and need not have."""
+        return self.exempt.difference(*(group["params"] for group in self.document["groups"]))
 
     def install(self) -> None:
         """Assign the options and the filled states; states that were not stored are removed."""
@@ -233,13 +242,17 @@ class OptimizerTarget:
     def install_options(self) -> None:
         """Assign the options of the param groups."""
         for number, group in enumerate(self.optimizer.param_groups):
-            for key, value in self.document["groups"][self.group_of[number]]["options"].items():
+            stored = self.group_of[number]
+            if stored is None:
+                continue
+            for key, value in self.document["groups"][stored]["options"].items():
                 group[key] = _like(group.get(key), value)
 
     def install_states(self) -> None:
         """Assign the filled states, once the options are; states that were not stored are removed."""
         scalars: Mapping[str, Mapping[str, Any]] = self.document["states"]
         nested: Mapping[str, Mapping[Any, list[Any]]] = self.document.get("nested", {})
+        unstored = self.unstored
         filled: dict[str, dict[str, Any]] = {}
         parameters = {name: parameter for members in self.groups for name, parameter in members}
         for tensor in self.tensors:
@@ -265,6 +278,8 @@ class OptimizerTarget:
                 state = {key: placed(value, key) for key, value in scalars.get(name, {}).items()}
                 state |= {path: tensor for path, tensor in tensors.items() if path not in within}
                 state |= {key: put_together(node, tensors, placed, key) for key, node in skeletons.items()}
+                if name in unstored:
+                    continue  # allowed to be missing: its state stays as it is
                 if state:
                     self.optimizer.state[parameter] = state
                 else:
@@ -310,6 +325,7 @@ def target_optimizer(
     stored: Iterable[TensorEntry],
     *,
     fresh: bool = False,
+    may_miss: Callable[[str], bool] = lambda _: False,
 ) -> OptimizerTarget:
     """Prepare an optimizer to be filled, without changing it.
 
@@ -319,6 +335,7 @@ def target_optimizer(
         part: the part of the checkpoint.
         document: its `param_groups.json`.
         stored: the part's tensors.
+        may_miss: tells whether a parameter of a name may have no place in the checkpoint's groups, or another one.
         fresh: fill new tensors even where the optimizer has fitting ones, so that it stays as it is until `install`.
 
     Raises:
@@ -328,6 +345,7 @@ def target_optimizer(
         text = f"{part}: the optimizer's state is still being restored: call `Checkpointer.optimizer_ready()` first"
         raise UsageError(text)
     target = OptimizerTarget(optimizer, part, document, named_groups(optimizer, named, part))
+    target.exempt = frozenset(name for members in target.groups for name, _ in members if may_miss(name))
     stored_class = str(document.get("class", "")).rpartition(".")[2]
     if stored_class != type(optimizer).__name__:
         text = (
@@ -408,10 +426,15 @@ def _match_groups(target: OptimizerTarget) -> None:
     place = {name: number for number, names in enumerate(stored) for name in names}
     for number, members in enumerate(target.groups):
         names = [name for name, _ in members]
-        found = {place[name] for name in names if name in place}
-        for name in names:
-            if name not in place:
-                target.problems.append(f"{target.part}: {name} is in the optimizer, but in no group of the checkpoint")
+        found = {place[name] for name in names if name in place and name not in target.exempt}
+        if names and not found and target.exempt.issuperset(names):
+            # A group of nothing but exempt ones is the stored one if they were one; else its options stay.
+            found = {place[name] for name in names if name in place}
+            found = found if len(found) == 1 and not found & set(target.group_of) else set()
+            target.group_of.append(min(found, default=None))
+            target.missing += _elsewhere(target, number, names, place)
+            continue
+        target.missing += _elsewhere(target, number, names, place, min(found, default=None))
         if len(found) > 1:
             target.problems.append(
                 f"{target.part}: param group {number} joins parameters of the stored groups {sorted(found)}: build the "
@@ -422,17 +445,33 @@ def _match_groups(target: OptimizerTarget) -> None:
         if not found and not names:
             target.problems.append(f"{target.part}: param group {number} is empty and was not stored")
         target.group_of.append(min(found, default=0))
-    split = [number for number in sorted(set(target.group_of)) if target.group_of.count(number) > 1]
+    split = [
+        number for number in sorted({n for n in target.group_of if n is not None}) if target.group_of.count(number) > 1
+    ]
     target.problems += [
         f"{target.part}: the parameters of stored group {number} are in several groups now" for number in split
     ]
 
 
-def unplaced_members(document: Mapping[str, Any], part: str, members: frozenset[tuple[str, str]]) -> Iterator[str]:
-    """Yield what the checkpoint's groups have and no rank's optimizer has."""
-    if not any(group["params"] for group in document["groups"]):
-        yield f"{part}: the optimizer was saved without a parameter in any group: it never trained anything"
-    for group in document["groups"]:
-        for name in group["params"]:
-            if (part, name) not in members:
-                yield f"{part}: {name} is in a param group of the checkpoint, but in no rank's optimizer"
+def _elsewhere(
+    target: OptimizerTarget, number: int, names: Iterable[str], place: Mapping[str, int], of_group: int | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the parameters of a group that the checkpoint has in none, and the exempt ones that it has in another."""
+    if of_group is None:
+        of_group = target.group_of[number] if number < len(target.group_of) else None
+    for name in names:
+        if name not in place:
+            yield name, f"{target.part}: {name} is in the optimizer, but in no group of the checkpoint"
+        elif name in target.exempt and place[name] != of_group:
+            yield name, f"{target.part}: {name} is in param group {number}, and was in the stored group {place[name]}"
+
+
+def unplaced_members(
+    document: Mapping[str, Any], part: str, members: frozenset[tuple[str, str]]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return what is wrong with the checkpoint's groups, and (FQN, line) of what no rank's optimizer has of them."""
+    names = [name for group in document["groups"] for name in group["params"]]
+    never = f"{part}: the optimizer was saved without a parameter in any group: it never trained anything"
+    line = "is in a param group of the checkpoint, but in no rank's optimizer"
+    unplaced = [(name, f"{part}: {name} {line}") for name in names if (part, name) not in members]
+    return ([] if names else [never]), unplaced

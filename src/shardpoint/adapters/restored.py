@@ -25,7 +25,9 @@ NUM_NEXT_SAMPLES = 256
 def option_differences(target: OptimizerTarget) -> Iterator[str]:
     """Yield which options of an optimizer's param groups are not those that were saved."""
     for number, group in enumerate(target.optimizer.param_groups):
-        for key, stored in target.document["groups"][target.group_of[number]]["options"].items():
+        of_group = target.group_of[number]
+        options = {} if of_group is None else target.document["groups"][of_group]["options"]
+        for key, stored in options.items():
             if key not in group or not _same_value(group[key], stored):
                 live = group.get(key, "nothing")
                 yield f"{target.part}: {key} of param group {number} was {_shown(stored)} and is {_shown(live)}"
@@ -39,6 +41,8 @@ def state_differences(target: OptimizerTarget) -> Iterator[str]:
     for tensor in target.tensors:
         verified.setdefault(tensor.fqn, {})[tensor.state] = tensor.tensor
     for name, parameter in (member for members in target.groups for member in members):
+        if name in target.unstored:
+            continue
         live = dict(leaves(target.optimizer.state.get(parameter, {})))
         large, skeletons = verified.get(name, {}), nested.get(name, {})
         whole = {key: put_together(node, large, lambda value, _: value, key) for key, node in skeletons.items()}
