@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shardpoint import Checkpointer, TrainState
 from shardpoint.adapters.nesting import is_skeleton, leaves, paths, put_together, take_apart
 from shardpoint.errors import UsageError
+from tests.optimizers import Nested
 from tests.training import net, on_disk, same_bits, train, weights
 
 KEYS = st.one_of(st.text(alphabet="a/~#0.", max_size=4), st.integers(-2, 12))
@@ -56,36 +57,6 @@ def test_nests_come_back_and_no_two_names_are_equal(states: dict[Any, Any]) -> N
     assert {path: value for path, value in leaves(states) if isinstance(value, torch.Tensor)} == found
     back = {key: put_together(node, found, lambda value, _: value, key) for key, node in skeletons.items()}
     assert same(back, states)
-
-
-class Nested(torch.optim.Optimizer):
-    """Momenta of two speeds in a dict, a history of gradients in a list, a 0-dim tensor and a flag in a tuple."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.05})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        del closure
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    zeros = torch.zeros_like(parameter, dtype=torch.float64)
-                    state["momenta"] = {"fast": zeros, "slow/~#": zeros.clone(), 3: {"deep": zeros.clone()}}
-                    state["a/b"] = torch.zeros_like(parameter)
-                    state["history"] = []
-                    state["told"] = (torch.zeros(()), True, "x")
-                state["told"][0].add_(1)
-                for number, momentum in enumerate((state["momenta"]["fast"], state["momenta"]["slow/~#"])):
-                    momentum.mul_(0.5 + 0.4 * number).add_(parameter.grad)
-                state["momenta"][3]["deep"].add_(1)
-                state["a/b"].add_(parameter.grad)
-                state["history"] = [*state["history"][-1:], parameter.grad.clone()]
-                total = state["momenta"]["fast"] + state["momenta"]["slow/~#"] + sum(state["history"])
-                parameter.sub_((group["lr"] * (total + state["a/b"]) / state["told"][0]).to(parameter.dtype))
 
 
 def trained(steps: range, seed: int = 0) -> TrainState:
