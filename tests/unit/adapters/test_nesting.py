@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardpoint import Checkpointer, TrainState
+from shardpoint.adapters.names import name_tensors
 from shardpoint.adapters.nesting import is_skeleton, leaves, paths, put_together, take_apart
-from shardpoint.errors import UsageError
+from shardpoint.adapters.optimizer import target_optimizer
+from shardpoint.engine.training import optimizer_document
+from shardpoint.errors import ManifestError, UsageError
+from shardpoint.manifest import encode_document
 from tests.optimizers import Nested
 from tests.training import net, on_disk, same_bits, train, weights
 
@@ -74,6 +78,7 @@ def test_the_next_steps_are_those_of_a_run_that_was_never_interrupted(
     state, other = trained(range(3)), trained(range(9, 9 + steps_before), seed=5)
     assert state.optimizer is not None
     assert other.optimizer is not None
+    before = dict(leaves(other.optimizer.state.get(other.model.get_parameter("head.weight"), {})))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(state, epoch=0, step=3, batch_size=4)
         checkpointer.resume(other, lazy_optimizer=lazy)
@@ -85,6 +90,9 @@ def test_the_next_steps_are_those_of_a_run_that_was_never_interrupted(
     assert torch.equal(stored["head.weight.momenta/#3/deep"], ours["momenta"][3]["deep"])
     assert torch.equal(stored["head.weight.history/1"], ours["history"][1])
     assert torch.equal(stored["head.weight.a~1b"], ours["a/b"])
+    if steps_before and not lazy:
+        after = dict(leaves(other.optimizer.state[other.model.get_parameter("head.weight")]))
+        assert after["momenta/fast"] is before["momenta/fast"], "a tensor that fits is filled where it is"
     assert train(state.model, state.optimizer, range(3, 6)) == train(other.model, other.optimizer, range(3, 6))
     assert same_bits(weights(state.model), weights(other.model))
     theirs = other.optimizer.state[other.model.get_parameter("head.weight")]
@@ -99,6 +107,40 @@ def test_what_cannot_be_stored_is_named(tmp_path: Path, strange: Any) -> None:
     state.optimizer.state[state.model.get_parameter("head.bias")]["strange"] = {"inner": strange}
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(UsageError, match=r"state 'strange' of head\.bias"):
         checkpointer.save(state, epoch=0, step=1, batch_size=4)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        None,
+        "tensor",
+        [],
+        ["dict"],
+        ["set", []],
+        ["dict", []],
+        ["dict", {"x": ["list", {}]}],
+        ["dict", {(1, 2): ["value", 1]}],
+        ["tensor", 3],
+        ["list", [["tuple", "x"]]],
+    ],
+)
+def test_what_is_no_skeleton_is_a_damaged_document(node: Any) -> None:
+    assert not is_skeleton(node)
+    document = {"class": "X", "groups": [], "states": {}, "nested": {"w": {"s": node}}}
+    with pytest.raises(ManifestError, match="does not have the form"):
+        optimizer_document(encode_document(document), "param_groups.json")
+
+
+def test_a_skeleton_that_names_a_tensor_which_is_not_there() -> None:
+    model = net(0)
+    document = {
+        "class": "Nested",
+        "groups": [{"params": [name for name, _ in model.named_parameters()], "options": {}}],
+        "states": {},
+        "nested": {"head.bias": {"s": ["dict", {"x": ["tensor", "s/x"]}]}},
+    }
+    target = target_optimizer(Nested(model.parameters()), name_tensors(model), "optimizer", document, [])
+    assert target.problems == ["optimizer: head.bias [s/x]: named by the param groups, and no tensor of the checkpoint"]
 
 
 def test_a_state_that_holds_itself(tmp_path: Path) -> None:
