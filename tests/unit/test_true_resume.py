@@ -106,7 +106,7 @@ def test_an_optimizer_without_parameters_is_an_error(saved: Path, tmp_path: Path
     empty.optimizer = torch.optim.AdamW([{"params": []}])
     with pytest.raises(MismatchError) as caught:
         resume(saved, empty)
-    assert any("in no rank's optimizer" in line for line in caught.value.mismatched)
+    assert any("in no rank's optimizer" in line for line in caught.value.unexpected)
     with Checkpointer(tmp_path) as checkpointer:
         empty.sampler = None
         checkpointer.save(empty, epoch=0, step=STEPS, batch_size=BATCH)

@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardpoint.adapters import hugging_face, lora
+from shardpoint.adapters.grad_scaler import GRAD_SCALER_NAME, scaler_document
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
@@ -112,6 +113,8 @@ class Collected:
         problems: for a load, what does not fit on this rank.
         missing: for a load, what this rank has beside its tensors and the checkpoint lacks.
         unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
+        missing_of: for a load, (FQN, line) of what the checkpoint lacks for one parameter or module.
+        unexpected_of: for a load, (FQN, line) of what it has for one that this rank lacks.
         checks: for a load, tell how what was put in place differs from the checkpoint, one line each.
         known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
@@ -129,6 +132,8 @@ class Collected:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    missing_of: list[tuple[str, str]] = field(default_factory=list)
+    unexpected_of: list[tuple[str, str]] = field(default_factory=list)
     checks: list[Callable[[], Iterable[str]]] = field(default_factory=list)
     known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
@@ -244,10 +249,12 @@ class Collected:
         manifest: Manifest,
         *,
         fresh: bool = False,
+        may_miss: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """Add an optimizer that is to be filled with what a checkpoint has (`fresh` as `target_optimizer` has it)."""
+        """Add an optimizer that is to be filled with what a checkpoint has (the rest as `target_optimizer` has it)."""
         stored = (entry for entry in manifest.tensors if entry.part == part)
-        target = target_optimizer(optimizer, named, part, document, stored, fresh=fresh)
+        target = target_optimizer(optimizer, named, part, document, stored, fresh=fresh, may_miss=may_miss)
+        self.missing_of += target.missing
         self._members += [(part, name) for members in target.groups for name, _ in members]
         self.optimizers.append(target)
         self.problems += target.problems
@@ -308,6 +315,9 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
         if state.lr_scheduler is not None:
             path = join(role, "lr_scheduler.json")
             collected.documents[path] = scheduler_document(state.lr_scheduler, path)
+        if state.grad_scaler is not None:
+            path = join(role, GRAD_SCALER_NAME)
+            collected.documents[path] = scaler_document(state.grad_scaler, path)
         if state.sampler is not None:
             path = rank_document(join(role, "data"), rank)
             collected.rank_documents[path] = sampler_document(state.sampler, path)
@@ -384,12 +394,13 @@ class ExtraStates:
     """What modules keep outside their tensors, as a checkpoint has it.
 
     Attributes:
-        missing: modules of the target that the checkpoint has none for.
-        unexpected: modules that the checkpoint has some for and that are not in the target.
+        missing: (name, line) of modules of the target that the checkpoint has none for; the name as torch's state dict
+            has it, `<module>._extra_state`.
+        unexpected: the same of modules that the checkpoint has some for and that are not in the target.
     """
 
-    missing: list[str]
-    unexpected: list[str]
+    missing: list[tuple[str, str]]
+    unexpected: list[tuple[str, str]]
     _named: NamedModule
     _values: dict[str, Any]
 
@@ -416,6 +427,10 @@ def match_extra_states(named: NamedModule, data: bytes | None, part: str) -> Ext
         raise ManifestError(
             f"{join(part, EXTRA_STATE_NAME)} is not a table of modules", key=join(part, EXTRA_STATE_NAME)
         )
-    missing = [f"{part}: extra state of {name}" for name in named.extra_states if name not in values]
-    unexpected = [f"{part}: extra state of {name}" for name in values if name not in named.extra_states]
+
+    def told(names: Iterable[str]) -> list[tuple[str, str]]:
+        return [(f"{name}._extra_state", f"{part}: extra state of {name}") for name in names]
+
+    missing = told(name for name in named.extra_states if name not in values)
+    unexpected = told(name for name in values if name not in named.extra_states)
     return ExtraStates(missing, unexpected, named, values)
