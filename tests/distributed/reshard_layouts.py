@@ -237,8 +237,8 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(3, 6)
-        self.up = nn.Parameter(torch.randn(6, 3, 5) / 2)
-        self.down = nn.Parameter(torch.randn(6, 5, 2) / 2)
+        self.up = nn.Parameter(torch.randn(6, 3, 4) / 2)
+        self.down = nn.Parameter(torch.randn(6, 4, 2) / 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         share = self.router(x).softmax(-1).t().unsqueeze(-1)  # [experts, points, 1]
@@ -268,7 +268,8 @@ def experts_run(seed: int, layout: str, data_size: int = 1) -> StackRun:
     elif layout == "epxfsdp":
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
         _spread(model, both["ep"], ("up", "down"))
-        fully_shard(model, mesh=both["dp"], shard_placement_fn=lambda p: Shard(1) if p.shape == (6, 3, 6) else None)
+        # One of the two is cut along another dim, the other along the experts once more (a strided shard).
+        fully_shard(model, mesh=both["dp"], shard_placement_fn=lambda p: Shard(1) if p.shape == (6, 4, 2) else None)
         rank = both.get_local_rank("dp")
     elif layout == "fsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from shardpoint.adapters.collect import scheduler_document
-from shardpoint.adapters.optimizer import OptimizerTarget, same_memory
+from shardpoint.adapters.optimizer import HOW_TO_STEP, OptimizerTarget, same_memory
 from shardpoint.adapters.state import RunState
 from shardpoint.adapters.tensors import from_raw, plain_values, raw_tensor
 from shardpoint.errors import ManifestError
@@ -25,6 +25,8 @@ def option_differences(target: OptimizerTarget) -> Iterator[str]:
     """Yield which options of an optimizer's param groups are not those that were saved."""
     for number, group in enumerate(target.optimizer.param_groups):
         for key, stored in target.document["groups"][target.group_of[number]]["options"].items():
+            if key in group and key in HOW_TO_STEP:
+                continue
             if key not in group or not _same_value(group[key], stored):
                 live = group.get(key, "nothing")
                 yield f"{target.part}: {key} of param group {number} was {_shown(stored)} and is {_shown(live)}"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -162,6 +163,7 @@ class HybridParallelPlugin(Plugin):
         self.zero_stage = zero_stage
         self.max_norm = max_norm
         self.mesh: DeviceMesh | None = None
+        self._spread_here: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._fsdp = fsdp.TorchFSDPPlugin(mixed_precision=options.precision_policy(precision))
 
     @property
@@ -192,7 +194,7 @@ class HybridParallelPlugin(Plugin):
     ) -> nn.Module:
         """Cut and shard the model in place, and point the optimizer at the new parameters, group by group, by name.
 
-        A model that is spread already is left as it is; its optimizer is only checked.
+        A model that this plugin has spread already is left as it is; its optimizer is only checked.
 
         Raises:
             UsageError: the optimizer is not the model's or has stepped already, the ranks do not divide by `tp_size`,
@@ -202,8 +204,9 @@ class HybridParallelPlugin(Plugin):
             Every rank; rank 0's parameters become everyone's.
         """
         names = None if optimizer is None else repoint.optimized_names(model, optimizer)
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if model not in self._spread_here:
             self._spread(model, optimizer, names, device)
+            self._spread_here.add(model)
         if optimizer is not None and self.max_norm:
             clipping.clip_before_steps(optimizer, self.max_norm, 2.0)
         return model
@@ -214,11 +217,9 @@ class HybridParallelPlugin(Plugin):
         Raises:
             UsageError: the model is not spread.
         """
-        if isinstance(model, FSDPModule):
-            return self._fsdp.no_sync(model)
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if model not in self._spread_here:
             raise UsageError("no_sync: the model is not spread by HybridParallelPlugin; pass what boost() returned")
-        return nullcontext()
+        return self._fsdp.no_sync(model) if isinstance(model, FSDPModule) else nullcontext()
 
     def _spread(
         self,
@@ -227,10 +228,9 @@ class HybridParallelPlugin(Plugin):
         names: repoint.GroupNames | None,
         device: str | torch.device | None,
     ) -> None:
-        if isinstance(model, DistributedDataParallel):
-            raise UsageError(
-                "the model is wrapped by DistributedDataParallel; give HybridParallelPlugin the bare model"
-            )
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if sharded or isinstance(model, DistributedDataParallel | FSDPModule):
+            raise UsageError("the model is spread over ranks already; give HybridParallelPlugin the bare model")
         if self.precision == "bf16":
             options.check_master_weights(self, model, "precision='fp32'")
         repoint.check_unused(model)

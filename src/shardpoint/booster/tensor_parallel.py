@@ -161,8 +161,6 @@ def _cut(name: str, part: Any, style: str, tp_size: int) -> Cut:
             f"the tp_plan cuts {name} by the style {style!r}, which is not supported here ({', '.join(_STYLES)} of "
             "modules are): use TorchFSDPPlugin for this model"
         )
-    if any(isinstance(parameter, DTensor) for parameter in part.parameters()):
-        raise UsageError(f"{name} is cut or sharded already: give HybridParallelPlugin the bare model")
     found = Cut(name, part, style)
     if style == _SUMMED:
         return found
