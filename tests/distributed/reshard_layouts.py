@@ -31,7 +31,9 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class Run:
     """A model being trained: the same global batch at a step, whatever it is spread over."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, data_rank: int = 0, data_size: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, data_rank: int = 0, data_size: int = 1
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.data_rank, self.data_size = data_rank, data_size
@@ -255,7 +257,9 @@ class Experts(nn.Module):
         entered = DTensor.from_local(given, mesh, [Replicate()], run_check=False).to_local(grad_placements=partial)
         weighted = DTensor.from_local(share, mesh, [Replicate()], run_check=False).to_local(grad_placements=partial)
         said = torch.bmm(torch.tanh(torch.bmm(entered[mine], up.to_local())), down.to_local()) * weighted[mine]
-        return DTensor.from_local(said.sum(0), mesh, partial, run_check=False).redistribute(None, [Replicate()]).to_local()
+        return (
+            DTensor.from_local(said.sum(0), mesh, partial, run_check=False).redistribute(None, [Replicate()]).to_local()
+        )
 
 
 def experts_run(seed: int, layout: str, data_size: int = 1) -> StackRun:

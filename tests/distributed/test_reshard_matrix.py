@@ -44,7 +44,5 @@ def test_on_disk_is_what_torch_gathers(family: str, name: str, size: int, report
     PAIRS,
     ids=[f"{family}-{source}-to-{target}" for family, source, target, _ in PAIRS],
 )
-def test_resumed_bit_for_bit(
-    family: str, source: str, target: str, size: int, reports: list[dict[str, str]]
-) -> None:
+def test_resumed_bit_for_bit(family: str, source: str, target: str, size: int, reports: list[dict[str, str]]) -> None:
     check(reports, f"{family}: {source} -> {target}", size)
