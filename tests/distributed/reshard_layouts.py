@@ -1,4 +1,4 @@
-"""Which layouts the reshard matrix has: how each spreads its family's model, trains it, and gathers it by torch alone."""
+"""Which layouts the reshard matrix has: how each spreads its family's model, trains it, and gathers it by torch."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def llama_run(plugin: Plugin | None, data_size: int, seed: int) -> LlamaRun:
     model: nn.Module = LlamaForCausalLM(config)
     optimizer = adamw(model.parameters())
     model, optimizer, *_ = Booster(plugin=plugin).boost(model, optimizer)
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     assert inner.lm_head.weight is inner.model.embed_tokens.weight, "the tie is lost"
     rank = dist.get_rank() * data_size // dist.get_world_size() if dist.is_initialized() else 0
     return LlamaRun(model, optimizer, rank, data_size)

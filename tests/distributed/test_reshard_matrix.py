@@ -34,13 +34,13 @@ def check(reports: list[dict[str, str]], name: str, size: int) -> None:
         assert report.get(name) == "ok", f"rank {rank}: {report.get(name, 'was not reached')}"
 
 
-@pytest.mark.parametrize(("family", "name", "size"), SAVES, ids=[f"{family}-{name}" for family, name, _ in SAVES])
+@pytest.mark.parametrize("family, name, size", SAVES, ids=[f"{family}-{name}" for family, name, _ in SAVES])
 def test_on_disk_is_what_torch_gathers(family: str, name: str, size: int, reports: list[dict[str, str]]) -> None:
     check(reports, f"{family}: {name} saves", size)
 
 
 @pytest.mark.parametrize(
-    ("family", "source", "target", "size"),
+    "family, source, target, size",
     PAIRS,
     ids=[f"{family}-{source}-to-{target}" for family, source, target, _ in PAIRS],
 )

@@ -55,7 +55,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float, norm_ty
         sums.setdefault(cut, []).append(_norm(local, norm_type))
     device = locals_[0].device
     parts = [_joint_norm(cut, torch.stack([n.to(device) for n in norms]), norm_type) for cut, norms in sums.items()]
-    total = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts), norm_type)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for local in locals_:
         local.mul_(scale.to(local.device, local.dtype))
@@ -103,13 +103,15 @@ def _norm(local: torch.Tensor, norm_type: float) -> torch.Tensor:
     dtype = torch.float64 if local.dtype == torch.float64 else torch.float32
     if not local.numel():
         return torch.zeros((), dtype=dtype, device=local.device)
-    return torch.linalg.vector_norm(local, norm_type, dtype=dtype)
+    norm: torch.Tensor = torch.linalg.vector_norm(local, norm_type, dtype=dtype)
+    return norm
 
 
 def _joint_norm(cut: _Cut | None, norms: torch.Tensor, norm_type: float) -> torch.Tensor:
     """Return the norm of all gradients that are cut alike, from this rank's norms of its parts of them."""
     if cut is None or not cut[1]:
-        return torch.linalg.vector_norm(norms, norm_type)
+        whole: torch.Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return whole
     mesh, axes = cut
     largest = math.isinf(norm_type)
     joint = norms.max() if largest else norms.pow(norm_type).sum()

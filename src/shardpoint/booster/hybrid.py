@@ -1,7 +1,5 @@
 """How a model is cut by tensor parallelism and sharded by FSDP2 at once: `HybridParallelPlugin`."""
 
-# ruff: noqa: FBT001, FBT002, ARG002 - the parameters are ColossalAI's; those without a meaning here are checked by name
-
 from __future__ import annotations
 
 import weakref
@@ -228,21 +226,7 @@ class HybridParallelPlugin(Plugin):
         names: repoint.GroupNames | None,
         device: str | torch.device | None,
     ) -> None:
-        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        if sharded or isinstance(model, DistributedDataParallel | FSDPModule):
-            raise UsageError("the model is spread over ranks already; give HybridParallelPlugin the bare model")
-        if self.precision == "bf16":
-            options.check_master_weights(self, model, "precision='fp32'")
-        repoint.check_unused(model)
-        _, world_size = launch.rank_and_world()
-        if world_size % self.tp_size:
-            raise UsageError(f"HybridParallelPlugin: tp_size={self.tp_size} does not divide the {world_size} ranks")
-        cuts = tensor_parallel.find_cuts(model, self.tp_size) if self.tp_size > 1 else []
-        alone = bool(cuts) and self.tp_size == world_size
-        if optimizer is not None and names is not None:
-            _check_unstepped(optimizer, names)
-            if alone:
-                tensor_parallel.check_steps_one_by_one(optimizer)
+        cuts, alone = self._check(model, optimizer, names)
         blocks = [] if alone else blocks_module.find_blocks(model)
         if not alone:
             blocks_module.check_groups(model, blocks)
@@ -261,6 +245,27 @@ class HybridParallelPlugin(Plugin):
             repoint.repoint(model, optimizer, names)
             if alone:
                 tensor_parallel.step_one_by_one(optimizer)
+
+    def _check(
+        self, model: nn.Module, optimizer: Optimizer | None, names: repoint.GroupNames | None
+    ) -> tuple[list[tensor_parallel.Cut], bool]:
+        """Return what is cut, and whether tensor parallelism stands alone, once nothing speaks against it."""
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if sharded or isinstance(model, DistributedDataParallel | FSDPModule):
+            raise UsageError("the model is spread over ranks already; give HybridParallelPlugin the bare model")
+        if self.precision == "bf16":
+            options.check_master_weights(self, model, "precision='fp32'")
+        repoint.check_unused(model)
+        _, world_size = launch.rank_and_world()
+        if world_size % self.tp_size:
+            raise UsageError(f"HybridParallelPlugin: tp_size={self.tp_size} does not divide the {world_size} ranks")
+        cuts = tensor_parallel.find_cuts(model, self.tp_size) if self.tp_size > 1 else []
+        alone = bool(cuts) and self.tp_size == world_size
+        if optimizer is not None and names is not None:
+            _check_unstepped(optimizer, names)
+            if alone:
+                tensor_parallel.check_steps_one_by_one(optimizer)
+        return cuts, alone
 
     def _join(self, model: nn.Module, device: str | torch.device | None) -> torch.device:
         launch.join_ranks()

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import Optimizer
 
+from shardpoint.adapters.tensors import local_tensor
 from shardpoint.booster import repoint
 from shardpoint.errors import UsageError
 
@@ -200,7 +201,7 @@ def _compact(parameter: nn.Parameter) -> nn.Parameter:
     """Return a cut parameter whose memory is its own part alone, not a view into the whole."""
     if not isinstance(parameter, DTensor):
         return parameter
-    local = parameter.detach().to_local()
+    local = local_tensor(parameter)
     if local.is_meta or local.untyped_storage().nbytes() == local.numel() * local.element_size():
         return parameter
     whole = DTensor.from_local(

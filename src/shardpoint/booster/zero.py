@@ -1,7 +1,5 @@
 """ZeRO under ColossalAI's names, as settings of FSDP2: `LowLevelZeroPlugin` and `GeminiPlugin`."""
 
-# ruff: noqa: FBT001, FBT002, ARG002 - the parameters are ColossalAI's; those without a meaning here are checked by name
-
 from __future__ import annotations
 
 from typing import Any
@@ -232,7 +230,7 @@ class GeminiPlugin(_ZeroPlugin):
         options.check_precision(self, precision)
         if shard_param_frac not in {0.0, 1.0}:
             raise UsageError(
-                f"GeminiPlugin: shard_param_frac={shard_param_frac}: FSDP2 keeps gathered parameters until the backward "
+                f"GeminiPlugin: shard_param_frac={shard_param_frac}: FSDP2 keeps gathered parameters to the backward "
                 "(0.0) or frees them after the forward (1.0)"
             )
         policy = options.precision_policy(precision, float32_outputs=force_outputs_fp32)

@@ -26,8 +26,8 @@ PARAMETERS = {
         communication_dtype overlap_communication custom_policy pp_style num_model_chunks scheduler_nodes
         num_layers_per_stage gradient_checkpoint_config enable_metadata_cache make_vocab_size_divisible_by dp_outside
         overlap_p2p overlap_allgather fp8_communication use_fp8 inner_ring_size""",
-    LowLevelZeroPlugin: """stage precision initial_scale min_scale growth_factor backoff_factor growth_interval hysteresis
-        max_scale max_norm norm_type reduce_bucket_size_in_m communication_dtype overlap_communication
+    LowLevelZeroPlugin: """stage precision initial_scale min_scale growth_factor backoff_factor growth_interval
+        hysteresis max_scale max_norm norm_type reduce_bucket_size_in_m communication_dtype overlap_communication
         overlap_allgather cpu_offload master_weights verbose cast_inputs fp8_communication use_fp8 extra_dp_size""",
     GeminiPlugin: """chunk_config_dict chunk_init_device placement_policy enable_gradient_accumulation max_prefetch
         shard_param_frac offload_optim_frac offload_param_frac warmup_non_model_data_ratio steady_cuda_cap_ratio
@@ -55,13 +55,13 @@ def changed(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("plugin", PARAMETERS)
-def test_the_parameters_are_colossalais(plugin: type) -> None:
-    found = [name for name in inspect.signature(plugin).parameters]
+def test_the_parameters_are_colossalais(plugin: Any) -> None:
+    found = list(inspect.signature(plugin).parameters)
     assert found == PARAMETERS[plugin].split()
 
 
 @pytest.mark.parametrize(
-    ("plugin", "name"),
+    "plugin, name",
     [(plugin, name) for plugin, names in PARAMETERS.items() for name in names.split()],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -82,7 +82,7 @@ def test_all_refused_options_are_named_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plugin", "options", "message"),
+    "plugin, options, message",
     [
         (HybridParallelPlugin, {"tp_size": 2, "precision": "fp16"}, "dynamic loss scale"),
         (LowLevelZeroPlugin, {"precision": "fp16"}, "dynamic loss scale"),
@@ -131,7 +131,7 @@ def test_cuts_are_found_by_pattern() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "size", "message"),
+    "plan, size, message",
     [
         ({}, 2, "no tp_plan"),
         ({"nothing.*": "colwise"}, 2, "names no module"),
