@@ -66,7 +66,7 @@ def main() -> None:
     """Answer requests until there are no more."""
     request_fd, reply_fd = map(int, os.environ["BENCHMARK_PIPES"].split(","))
     for descriptor in (request_fd, reply_fd):  # what a contender starts must not hold the pipes open
-        os.set_inheritable(descriptor, False)
+        os.set_inheritable(descriptor, False)  # noqa: FBT003 - it takes no keyword
     torch.set_num_threads(1)
     me = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     with os.fdopen(request_fd, encoding="utf-8") as requests, os.fdopen(reply_fd, "w", encoding="utf-8") as replies:
@@ -77,7 +77,7 @@ def main() -> None:
                 module, name = request["function"].split(":")
                 function = getattr(importlib.import_module(module), name)
                 reply = {"result": function(me, **request["arguments"])}
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - every failure is the driver's to judge
                 traceback.print_exc()
                 reply = {"error": "".join(traceback.format_exception_only(error)).strip()[:2000]}
             replies.write(json.dumps(reply) + "\n")

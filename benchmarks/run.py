@@ -17,9 +17,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path[0] = str(REPO)  # in place of this directory, so that `benchmarks` is imported as what it is everywhere else
 
-from benchmarks import machine, report
-from benchmarks.stage import Options
-from benchmarks.targets import judge
+from benchmarks import machine, report  # noqa: E402 - after the path is right
+from benchmarks.stage import Options  # noqa: E402 - as above
+from benchmarks.targets import judge  # noqa: E402 - as above
 
 CASES = {
     "save": "save",

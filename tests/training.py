@@ -102,7 +102,7 @@ def on_disk(directory: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(str(path), "pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
                 assert name not in found, f"{name} is in two files"
                 found[name] = file.get_tensor(name)
     return found

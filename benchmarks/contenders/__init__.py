@@ -37,7 +37,7 @@ class Contender(ABC):
         """Fill the live training state from what `save` wrote."""
         raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give everything back."""
 
 

@@ -53,7 +53,7 @@ class _Cpu(CpuAccelerator):  # type: ignore[misc]
         """Return the only device."""
         return torch.device("cpu")
 
-    def Stream(self, *_: Any, **__: Any) -> _NothingToWaitFor:
+    def Stream(self, *_: Any, **__: Any) -> _NothingToWaitFor:  # noqa: N802 - its name there
         """Return a stream."""
         return _NothingToWaitFor()
 
@@ -69,7 +69,7 @@ def start(rank: Rank, *, size_gb: float) -> dict[str, Any]:
     """Join the ranks. Each contender builds its own model, of the same shape as the others'."""
     colossalai.launch_from_torch()
     set_accelerator(_Cpu())
-    setattr(torch.Tensor, "record_stream", lambda *_: None)
+    setattr(torch.Tensor, "record_stream", lambda *_: None)  # noqa: B010 - CPU tensors have no stream
     torch.manual_seed(rank.rank)
     rank.kept["shape"] = LlamaShape.of(size_gb)
     rank.subject = Subject(nn.Linear(1, 1), None)

@@ -218,7 +218,7 @@ def open_path(path: str | os.PathLike[str]) -> tuple[Store, Committed]:
         TornCheckpointError: a directory without a manifest is there.
         UsageError: the path is a file, or a root.
     """
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - must not resolve symlinks
     if absolute.exists():
         LocalStore(absolute)  # refuses a file
     store = LocalStore(absolute.parent)
@@ -266,7 +266,7 @@ def set_pin(path: str | os.PathLike[str], *, is_pinned: bool) -> str:
         store, committed = open_path(path)
         pin(store, committed.name)
         return committed.name
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - must not resolve symlinks
     unpin(LocalStore(absolute.parent), absolute.name)
     return absolute.name
 
@@ -293,7 +293,7 @@ def verify(store: Store, committed: Committed, progress: Callable[[int], None] =
     """
     if committed.manifest is None:
         problem = committed.problem
-        assert problem is not None
+        assert problem is not None  # noqa: S101 - a listing has one or the other
         if not isinstance(problem, CorruptionError):
             raise problem
         return Report(committed.name, 0, 0, 0, (Problem(problem.key, "manifest", str(problem)),))
@@ -353,7 +353,7 @@ def _check_still_there(store: Store, committed: Committed) -> None:
     """Raise `NotFoundError` where the checkpoint was pruned or replaced since it was listed."""
     again = find_committed(store, committed.name)
     ids = [item.manifest.checkpoint_id for item in (again, committed) if item is not None and item.manifest is not None]
-    if len(ids) < 2 or ids[0] != ids[1]:
+    if len(ids) < 2 or ids[0] != ids[1]:  # noqa: PLR2004 - then and now
         text = f"{committed.name} in {store.location} was pruned or replaced while it was verified: look again"
         raise NotFoundError(text)
 

@@ -447,7 +447,7 @@ class Checkpointer:
         return self._journal
 
     def _owned(self) -> tuple[Store, RootOwner]:
-        assert self._owner is not None
+        assert self._owner is not None  # noqa: S101 - asked on the coordinator, which owns the root until `close`
         return self._store, self._owner
 
     def _check_open(self) -> None:
@@ -465,7 +465,7 @@ class Checkpointer:
         return [item.name for item in self._found]
 
     def _prune(self) -> bool:
-        assert self._owner is not None
+        assert self._owner is not None  # noqa: S101 - runs on the coordinator, which owns the root until `close`
         # A copy under another name is somebody's own: no policy counts it, and nothing deletes it.
         found = [info for info in training_checkpoints(self._store) if info.name == info.manifest.name]
         kept = names_to_keep(self._keep_policies, found)

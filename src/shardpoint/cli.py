@@ -49,7 +49,7 @@ def _echo(text: str, *, err: bool = False) -> None:
 def _size(num_bytes: int) -> str:
     size = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 1000:  # noqa: PLR2004 - decimal units
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
@@ -149,7 +149,7 @@ def show_command(
     store, item = open_path(checkpoint)
     manifest = item.manifest
     if manifest is None:
-        assert item.problem is not None
+        assert item.problem is not None  # noqa: S101 - one or the other
         raise item.problem
     summary = _summary(item, is_pinned=is_pinned(store, item.name))
     if as_json:

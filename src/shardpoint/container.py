@@ -195,7 +195,7 @@ def _parse_tensor(name: str, fields: Any, data_start: int, key: str) -> StoredTe
         raise ManifestError(message, key=key)
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     known = isinstance(dtype, str) and dtype in ITEMSIZE_BYTES
-    if not known or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+    if not known or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:  # noqa: PLR2004 - begin, end
         message = f"{key}: tensor {name} has a dtype, shape or offsets that the format does not have: {fields}"
         raise ManifestError(message, key=key)
     num_bytes = sized_bytes(dtype, tuple(shape))

@@ -259,7 +259,7 @@ class Failure:
         try:
             message = str(error)
             text = "".join(traceback_module.format_exception(error))
-        except Exception as second:
+        except Exception as second:  # noqa: BLE001 - an error that cannot be shown is still one that all ranks must hear of
             message = f"(its message cannot be shown: {type(second).__name__})"
             text = "".join(traceback_module.format_tb(error.__traceback__))
         return cls(type=type(error).__name__, message=message, traceback=text[-MAX_TRACEBACK_CHARS:])

@@ -85,7 +85,7 @@ def load(
         return training_target(source, chosen, comm, listener, partial=True, random_state=False)
 
     load_target(comm, open_source, prepare, StructureCache())
-    assert run is not None
+    assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
     return run
 
 

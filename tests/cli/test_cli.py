@@ -333,7 +333,7 @@ def test_a_strangers_names_do_not_reach_the_terminal_raw(root: Path, run: Run) -
 def test_a_path_that_is_no_text_is_printed_all_the_same(root: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/\xff\xfe"
     (root / NAMES[1]).rename(root / "\N{LATIN SMALL LETTER E WITH ACUTE}poque")
-    os.rename(root, odd)
+    os.rename(root, odd)  # noqa: PTH104 - pathlib takes no bytes
     command: list[str | bytes] = [sys.executable, "-c", "from shardpoint.cli import main; main()", "ls", odd]
     for extra in ([], ["--json"]):
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -74,7 +74,7 @@ def in_child(work: Callable[[Callable[[str], None]], None]) -> tuple[bool, list[
 
         try:
             work(tell)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the parent reports it
             tell(f"error: {type(error).__name__}: {error}")
         os._exit(0)
     os.close(write_end)
@@ -269,7 +269,7 @@ def _sealed(path: Path) -> bool:
 
 def main() -> None:
     name, renames, directory = sys.argv[1:]
-    setattr(os, "fsync", lambda _: None)
+    setattr(os, "fsync", lambda _: None)  # noqa: B010 - a killed process loses nothing that the kernel has
     if name == "repair":
         count, problems = every_second_death(renames, Path(directory))
     else:

@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.crash
 
-MEMORY = Path("/dev/shm")
+MEMORY = Path("/dev/shm")  # noqa: S108 - only ever a fresh directory in it
 
 
 @pytest.fixture

@@ -247,7 +247,8 @@ class Experts(nn.Module):
         given = x.unsqueeze(0).expand(6, -1, -1)
         up, down = self.up, self.down
         if not isinstance(up, DTensor):
-            return (torch.bmm(torch.tanh(torch.bmm(given, up)), down) * share).sum(0)
+            result: torch.Tensor = (torch.bmm(torch.tanh(torch.bmm(given, up)), down) * share).sum(0)
+            return result
         assert isinstance(down, DTensor)
         mesh, (index,) = up.device_mesh, up.device_mesh.get_coordinate() or (0,)
         # Each rank lets its experts see all points; what they say is summed. The ranks' shares of the gradients of what
@@ -330,7 +331,7 @@ class PackedRun(StackRun):
         if name != "gate_up" or not isinstance(tensor, DTensor) or not any(map(_is_strided, tensor.placements)):
             return super().whole(name, tensor)
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, tensor.detach().to_local().clone())
+        dist.all_gather_object(parts, tensor.to_local().detach().clone())
         halves = [torch.cat(parts[tp::2]) for tp in range(2)]  # FSDP cut what tensor parallelism had cut before
         pairs = [half.chunk(2) for half in halves]
         return torch.cat([pair[0] for pair in pairs] + [pair[1] for pair in pairs])

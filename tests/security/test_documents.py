@@ -157,7 +157,7 @@ def decodes_or_refuses(data: bytes) -> None:
     try:
         again = encode_document(value)
     except UsageError as error:
-        assert "deep" in str(error)
+        assert "deep" in str(error)  # noqa: PT017 - a document may be flatter than what it would be written as
         return
     assert encode_document(decode_document(again)) == again
 

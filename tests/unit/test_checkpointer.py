@@ -62,7 +62,7 @@ def contents(state: TrainState) -> dict[str, Any]:
     found = {name: bits(tensor) for name, tensor in weights(state.model).items()}
     found |= {f"opt.{k}": bits(v) for k, v in optimizer_state(state.model, state.optimizer).items()}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    rng = (random.getstate(), torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()))
+    rng = (random.getstate(), torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()))  # noqa: NPY002
     return {"tensors": found, "groups": repr(groups), "lr": repr(state.lr_scheduler.state_dict()), "rng": rng}
 
 
@@ -201,12 +201,12 @@ def test_random_state_is_restored_last(tmp_path: Path) -> None:
     model = net(0)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(TrainState(model=model, sampler=Greedy()), epoch=0, step=1, batch_size=1)
-        expected = random.random(), np.random.rand(), torch.rand(3).tolist(), torch.randn(3).tolist()
+        expected = random.random(), np.random.rand(), torch.rand(3).tolist(), torch.randn(3).tolist()  # noqa: NPY002
         random.seed(9)
-        np.random.seed(9)
+        np.random.seed(9)  # noqa: NPY002
         torch.manual_seed(9)
         checkpointer.resume(TrainState(model=net(4), sampler=Greedy()))
-        assert (random.random(), np.random.rand(), torch.rand(3).tolist(), torch.randn(3).tolist()) == expected
+        assert (random.random(), np.random.rand(), torch.rand(3).tolist(), torch.randn(3).tolist()) == expected  # noqa: NPY002
 
 
 def test_the_sampler_goes_on(tmp_path: Path) -> None:

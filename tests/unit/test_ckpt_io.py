@@ -198,7 +198,7 @@ class ForeignBooster:
             raise OSError(28, "No space left on device")
         torch.save(value, path)
 
-    def save_model(self, model: nn.Module, checkpoint: str, shard: bool = False) -> None:
+    def save_model(self, model: nn.Module, checkpoint: str, shard: bool = False) -> None:  # noqa: FBT002 - ColossalAI's
         assert shard
         directory = Path(checkpoint) / "deep" / "deeper"
         directory.mkdir(parents=True)
@@ -209,7 +209,7 @@ class ForeignBooster:
         self.loaded.append("model")
         model.load_state_dict(torch.load(Path(checkpoint) / "pytorch_model-00001.bin"))
 
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: str, shard: bool = False) -> None:
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: str, shard: bool = False) -> None:  # noqa: FBT002 - ColossalAI's
         assert shard
         Path(checkpoint).mkdir()
         self._put(optimizer.state_dict(), Path(checkpoint) / "pytorch_optim-00001.bin")

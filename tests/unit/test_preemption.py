@@ -141,7 +141,7 @@ def in_a_thread(work: Callable[[], None]) -> BaseException | None:
     def run() -> None:
         try:
             work()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
             raised.append(error)
 
     thread = threading.Thread(target=run)

@@ -63,8 +63,8 @@ class NamedModule:
 def _compiled_original(module: nn.Module) -> nn.Module | None:
     kind = type(module)
     if kind.__module__.startswith("torch._dynamo") and kind.__name__ == "OptimizedModule":
-        original = module._orig_mod
-        assert isinstance(original, nn.Module)
+        original = module._orig_mod  # noqa: SLF001 - the documented way to the module that torch.compile wrapped
+        assert isinstance(original, nn.Module)  # noqa: S101 - for the type checker
         return original
     return None
 
@@ -92,7 +92,7 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, Mesh | None]:
         elif (original := _compiled_original(module)) is not None:
             module = original
         elif isinstance(module, ActivationWrapper):
-            module = module._checkpoint_wrapped_module
+            module = module._checkpoint_wrapped_module  # noqa: SLF001 - torch gives no other way
         else:
             return module, mesh
 
@@ -147,13 +147,13 @@ def _walk(module: nn.Module, prefix: str, mesh: Mesh | None, named: NamedModule,
     visited.add(id(module))
     if type(module).get_extra_state is not nn.Module.get_extra_state:
         named.extra_states[prefix.removesuffix(".")] = module
-    for name, parameter in module._parameters.items():
+    for name, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters would repeat the wrappers' names
         if parameter is not None:
             _add(named, NamedTensor(prefix + name, parameter, is_parameter=True, mesh=mesh))
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
+    for name, buffer in module._buffers.items():  # noqa: SLF001 - as above
+        if buffer is not None and name not in module._non_persistent_buffers_set:  # noqa: SLF001 - no public spelling
             _add(named, NamedTensor(prefix + name, buffer, is_parameter=False, mesh=None))
-    for name, child in module._modules.items():
+    for name, child in module._modules.items():  # noqa: SLF001 - named_children would drop a child that occurs twice
         if child is not None:
             _walk(child, f"{prefix}{name}.", mesh, named, visited)
 
@@ -170,6 +170,6 @@ def class_name(module: nn.Module) -> str:
     Only the class that `fully_shard` made (the one that adds `FSDPModule` to another class) is renamed back.
     """
     kind: type[Any] = type(module)
-    if isinstance(module, FSDPModule) and kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2:
+    if isinstance(module, FSDPModule) and kind.__name__.startswith("FSDP") and len(kind.__mro__) > 2:  # noqa: PLR2004 - see below
         return kind.__mro__[2].__name__  # FSDPX, FSDPModule, X
     return kind.__name__

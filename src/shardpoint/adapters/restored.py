@@ -153,4 +153,4 @@ def _tree_differences(live: Any, stored: Any, place: str) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     text = repr(from_raw(value) if isinstance(value, RawTensor) else value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."  # noqa: PLR2004 - a line's worth

@@ -24,7 +24,7 @@ def read_rng() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
-        "numpy": np.random.get_state(legacy=False),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the global generator is what is to be restored
         "torch": raw_tensor(torch.get_rng_state(), "torch's random state"),
         "cuda": None,
     }
@@ -46,7 +46,7 @@ def write_rng(state: dict[str, Any], key: str) -> None:
     try:
         python = state["python"]
         random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-        np.random.set_state(state["numpy"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002 - as above
         torch.set_rng_state(from_raw(state["torch"]))
         if state["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(from_raw(state["cuda"]))
@@ -58,7 +58,7 @@ def write_rng(state: dict[str, Any], key: str) -> None:
 def rng_digest() -> str:
     """Return the CRC-64/NVME of this process's random state, as 16 hex digits; it draws nothing."""
     _, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state(legacy=False)
+    legacy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - as above
     crc = crc64(np.array(words, dtype=np.uint32).tobytes())
     crc = crc64(np.ascontiguousarray(legacy["state"]["key"]).tobytes(), crc)
     rest = (gauss, legacy["state"]["pos"], legacy["has_gauss"], legacy["gauss"])
@@ -98,5 +98,5 @@ def derive_rng(document: bytes, rank: int) -> None:
     """
     digest = hashlib.sha256(document + rank.to_bytes(8, "little")).digest()
     random.seed(digest)
-    np.random.seed(int.from_bytes(digest[:4], "little"))
+    np.random.seed(int.from_bytes(digest[:4], "little"))  # noqa: NPY002 - as above
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -140,7 +140,7 @@ class Line:
                     client = self._connect()
                     del self._connect  # it may hold the group's own store, which must end when the group does
                 call.value = call.operation(client)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - stores raise RuntimeError, its subclasses, and what they like
                 call.error = self._cause = error
                 reason = str(error).partition("\n")[0]
                 self._lost = self._lost or f"the store that carries the votes is gone: {type(error).__name__}: {reason}"

@@ -193,4 +193,4 @@ class Speller:
 def some_of(indices: Sequence[int]) -> str:
     """Return the beginning of a list of samples, for a message."""
     shown = ", ".join(map(str, indices[:8]))
-    return f"[{shown}, ... {len(indices)} in all]" if len(indices) > 8 else f"[{shown}]"
+    return f"[{shown}, ... {len(indices)} in all]" if len(indices) > 8 else f"[{shown}]"  # noqa: PLR2004 - a line's worth

@@ -1,5 +1,7 @@
 """How a training run is set up and its parts saved: `Booster`, with ColossalAI's interface."""
 
+# ruff: noqa: FBT001, FBT002 - the parameters, booleans included, are ColossalAI's, and are called by position there
+
 from __future__ import annotations
 
 import os

@@ -86,7 +86,7 @@ class DistCoordinator:
     def print_on_master(self, msg: str, process_group: dist.ProcessGroup | None = None) -> None:
         """Print a message on the group's rank 0, and flush it."""
         if self.is_master(process_group):
-            print(msg, flush=True)
+            print(msg, flush=True)  # noqa: T201 - printing is what was asked for
 
     def print_on_node_master(self, msg: str) -> None:
         """Print a message on the first rank of every node, and flush it.
@@ -95,7 +95,7 @@ class DistCoordinator:
             UsageError: as for `local_rank`.
         """
         if self.is_node_master():
-            print(msg, flush=True)
+            print(msg, flush=True)  # noqa: T201 - printing is what was asked for
 
     @contextmanager
     def priority_execution(
@@ -145,7 +145,7 @@ class DistCoordinator:
             # Order: the others hear of it before this rank unwinds; otherwise they wait for a rank that is leaving.
             try:
                 _send_notice(Failure.of(error), executor_rank, process_group)
-            except Exception as undelivered:
+            except Exception as undelivered:  # noqa: BLE001 - the first error must reach the caller, whatever this one is
                 error.add_note(f"and the other ranks could not be told: {undelivered}")
             raise
         _send_notice(None, executor_rank, process_group)

@@ -1,5 +1,7 @@
 """How a model is replicated: `TorchDDPPlugin`."""
 
+# ruff: noqa: FBT001, FBT002 - the parameters, booleans included, are ColossalAI's, and are called by position there
+
 from __future__ import annotations
 
 import warnings

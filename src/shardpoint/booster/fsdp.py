@@ -1,5 +1,7 @@
 """How a model is sharded by FSDP2: `TorchFSDPPlugin`."""
 
+# ruff: noqa: FBT001, FBT002 - the parameters, booleans included, are called by position in ColossalAI
+
 from __future__ import annotations
 
 import weakref
@@ -59,7 +61,7 @@ class TorchFSDPPlugin(Plugin):
     ) -> None:
         if mesh is not None and hsdp_shape is not None:
             raise UsageError("TorchFSDPPlugin: give a mesh or hsdp_shape, not both")
-        if mesh is not None and (mesh.ndim not in {1, 2} or (mesh.ndim == 2 and not mesh.mesh_dim_names)):
+        if mesh is not None and (mesh.ndim not in {1, 2} or (mesh.ndim == 2 and not mesh.mesh_dim_names)):  # noqa: PLR2004
             raise UsageError(f"TorchFSDPPlugin: the mesh must be 1-D, or 2-D with named axes; this one is {mesh}")
         self.mesh = mesh
         self.hsdp_shape = None if hsdp_shape is None else _pair(hsdp_shape)
@@ -171,7 +173,7 @@ def shard(
 
 def _pair(hsdp_shape: Sequence[int]) -> tuple[int, int]:
     shape = tuple(hsdp_shape)
-    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):  # noqa: PLR2004 - a pair
         raise UsageError(f"TorchFSDPPlugin: hsdp_shape={hsdp_shape!r} is not (replicas, shards)")
     return shape[0], shape[1]
 

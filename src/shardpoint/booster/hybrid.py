@@ -1,5 +1,7 @@
 """How a model is cut by tensor parallelism and sharded by FSDP2 at once: `HybridParallelPlugin`."""
 
+# ruff: noqa: FBT001, FBT002, PLR0913, PLR0917 - the parameters are ColossalAI's, and may be given by position
+
 from __future__ import annotations
 
 import weakref

@@ -64,7 +64,7 @@ def _with_saved_adapters(peft: Any, model: nn.Module, place: str) -> nn.Module:
 
 def _peft() -> Any:
     try:
-        import peft
+        import peft  # noqa: PLC0415 - only who uses LoRA needs peft
     except ImportError as error:
         raise UsageError("LoRA needs the package peft: pip install 'shardpoint[lora]'") from error
     return peft

@@ -52,7 +52,7 @@ def check_precision(plugin: object, precision: str) -> None:
     name = type(plugin).__name__
     if precision == "fp16":
         raise UsageError(
-            f"{name}(precision='fp16') needs a dynamic loss scale, which is part of the training state, but checkpoints "
+            f"{name}(precision='fp16') needs a dynamic loss scale, part of the training state, but checkpoints "
             "do not hold it: use 'bf16'"
         )
     if precision not in _PRECISIONS:

@@ -1,5 +1,7 @@
 """ZeRO under ColossalAI's names, as settings of FSDP2: `LowLevelZeroPlugin` and `GeminiPlugin`."""
 
+# ruff: noqa: FBT001, FBT002, PLR0913, PLR0917 - the parameters are ColossalAI's, and may be given by position
+
 from __future__ import annotations
 
 from typing import Any

@@ -110,7 +110,7 @@ class InProcessComm(RoundComm):
 
     def _beats(self, ranks: Sequence[int]) -> dict[int, Beat]:
         # A thread of a living process beats by definition; what it can do is leave, or stall.
-        return {rank: self._room.members[rank]._beat(next(self._room.beat_counts)) for rank in ranks}
+        return {rank: self._room.members[rank]._beat(next(self._room.beat_counts)) for rank in ranks}  # noqa: SLF001
 
     def _pause(self, waited_s: float) -> None:
         del waited_s

@@ -78,7 +78,7 @@ class RoundComm(Ascent):
                 raise CollectiveTimeout(text, waiting_for=[COORDINATOR]) from error
         if caught is not None and (verdict is None or _interrupts(caught)):
             raise caught
-        assert verdict is not None
+        assert verdict is not None  # noqa: S101 - only an interruption does without
         outcome = decode_verdict(verdict)
         if isinstance(outcome, Agreed):
             return outcome.payload
@@ -165,7 +165,7 @@ class RoundComm(Ascent):
         self.progress(1)
         try:
             told.tally.add(self.rank, Done(topic=told.topic, payload=checked_bytes(told.work(), "work")))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is voted, and raised again when the round ends
             caught = error
             told.tally.add(self.rank, failed_vote(told.topic, error))
         self.progress(1)
@@ -177,7 +177,7 @@ class RoundComm(Ascent):
             return None
         try:
             told.tally.settle(told.merge)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is voted, and raised again when the round ends
             told.tally.fail(self.rank, failed_vote(told.topic, error))
             return error
         self.progress(1)

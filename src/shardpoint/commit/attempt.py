@@ -136,7 +136,7 @@ class Attempt:
         for path in [*directories, *(path.rpartition("/")[0] for path in files)]:
             while path:
                 wanted.add(path)
-                path = path.rpartition("/")[0]
+                path = path.rpartition("/")[0]  # noqa: PLW2901 - walks up to the top
         self.store.make_directory(self.key)
         self.directories = sorted(wanted, key=lambda path: (path.count("/"), path))
         for directory in self.directories:

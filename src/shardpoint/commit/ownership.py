@@ -141,7 +141,7 @@ def acquire_root(store: Store, *, listener: Listener = log_event, watch_s: float
         if held is not None:
             # A run that slept through its fencing must not come back by itself: two timelines would mix.
             held.check_alive(store)
-            held._holders += 1
+            held._holders += 1  # noqa: SLF001 - the registry of this module
             return held
         owner = _take_over(store, listener, watch_s)
         _owners[os.getpid(), store.location] = owner
@@ -174,9 +174,9 @@ def _take_over(store: Store, listener: Listener, watch_s: float) -> RootOwner:
         recover(store, owner.key, listener)
         sweep(store, owner.key, listener)
         found = [item.manifest.commit_sequence for item in committed_checkpoints(store) if item.manifest]
-        owner._next_sequence = max(found, default=0) + 1
+        owner._next_sequence = max(found, default=0) + 1  # noqa: SLF001 - the only maker
     except BaseException as error:
-        owner._stop.set()
+        owner._stop.set()  # noqa: SLF001 - the only maker
         lock.release()
         if isinstance(error, NotFoundError):
             owner.check_alive(store)
@@ -190,7 +190,7 @@ def _succeed(store: Store, watch_s: float) -> tuple[int, Lock] | None:
     try:
         living = _numbers(store, _INCARNATION)
         for number in living:
-            dead.append(_lock_dead(store, f"{CONTROL_DIRECTORY}/inc-{number:06d}", watch_s))
+            dead.append(_lock_dead(store, f"{CONTROL_DIRECTORY}/inc-{number:06d}", watch_s))  # noqa: PERF401 - each is held at once
         for number in living:
             fence(store, number)
         _finish_fences(store)
@@ -357,7 +357,7 @@ def _start_heartbeat(store: Store, owner: RootOwner) -> None:
     The file is opened by its path for each beat: closing it is what makes NFS show the number to others, and a fenced
     run's path is gone. An error is kept for the next save to raise, and forgotten when a later beat succeeds.
     """
-    stop, key, seconds = owner._stop, f"{owner.key}/heartbeat", HEARTBEAT_S
+    stop, key, seconds = owner._stop, f"{owner.key}/heartbeat", HEARTBEAT_S  # noqa: SLF001 - the only maker
 
     def beat() -> None:
         count = 0
@@ -371,9 +371,9 @@ def _start_heartbeat(store: Store, owner: RootOwner) -> None:
                     writer.close()
             except NotFoundError:
                 return  # fenced: the next save finds the incarnation gone
-            except Exception as error:
-                owner._heartbeat_error = error
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next save raises it
+                owner._heartbeat_error = error  # noqa: SLF001 - as above
             else:
-                owner._heartbeat_error = None
+                owner._heartbeat_error = None  # noqa: SLF001 - as above
 
     threading.Thread(target=beat, name="shardpoint-root-heartbeat", daemon=True).start()

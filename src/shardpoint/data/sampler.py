@@ -361,15 +361,15 @@ class _Share(Iterator[int]):
     @property
     def num_left(self) -> int:
         """The samples from where it started to the end of the epoch, over all ranks."""
-        return self._sampler._num_left(self.start_index)
+        return self._sampler._num_left(self.start_index)  # noqa: SLF001 - the sampler's own iterator
 
     def __next__(self) -> int:
         sampler = self._sampler
         if self._order is None:
-            sampler._open(self)
-            self._order = sampler._order(self._seed, self._epoch)
-            self._num_loads = sampler._num_loads
-        if self._num_loads != sampler._num_loads:
+            sampler._open(self)  # noqa: SLF001 - as above
+            self._order = sampler._order(self._seed, self._epoch)  # noqa: SLF001 - as above
+            self._num_loads = sampler._num_loads  # noqa: SLF001 - as above
+        if self._num_loads != sampler._num_loads:  # noqa: SLF001 - as above
             text = (
                 "this iterator was made before the sampler's position was restored, so it goes on from the old one: "
                 "make a new iterator of the DataLoader after the resume"
@@ -409,8 +409,8 @@ class _Share(Iterator[int]):
             start, num_yielded = min(start + num_yielded * num_replicas, self._sampler.num_samples), 0
         self._seed, self._epoch = state_dict["seed"], state_dict["epoch"]
         self.start_index, self._num_yielded = start, num_yielded
-        self._order, self._micro_batch = self._sampler._order(self._seed, self._epoch), []
-        self._num_loads = self._sampler._num_loads
+        self._order, self._micro_batch = self._sampler._order(self._seed, self._epoch), []  # noqa: SLF001 - as above
+        self._num_loads = self._sampler._num_loads  # noqa: SLF001 - as above
 
 
 def _base_seeds_were_drawn(before: torch.Tensor) -> bool:

@@ -179,7 +179,7 @@ class BackgroundSaver:
                 collected = request.collect()
                 snapshot = take_snapshot(collected, roles, arena)
                 collected.held = dict(snapshot.held)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - voted in the first round: the other ranks have begun this save too
             # Order: an error is this rank's vote, never raised here, where the others would wait for this rank.
             failure = error
 
@@ -247,13 +247,13 @@ class BackgroundSaver:
         while (job := self._to_stage.get()) is not None:
             try:
                 agreed = job.agreed = job.attempt.agree(self._stage_comm)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - told by `result`; the round failed on every rank alike
                 self._end(job, error)
                 continue
             self._to_write.put(job)
             try:
                 self._stage(job, agreed)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - voted in the last round
                 job.staged.put(error)
             else:
                 job.staged.put(None)
@@ -264,7 +264,7 @@ class BackgroundSaver:
 
     def _stage(self, job: _Job, agreed: AgreedSave) -> None:
         snapshot, table, chunks = job.snapshot, agreed.table, agreed.plan.chunks
-        assert snapshot is not None
+        assert snapshot is not None  # noqa: S101 - the ranks agreed, so collecting succeeded here
         roles = list(snapshot.stepped)
         left = [
             frozenset(role_of(table.entries[piece.entry].part, roles) for piece in chunk.pieces) for chunk in chunks
@@ -302,14 +302,14 @@ class BackgroundSaver:
     def _run_writer(self) -> None:
         _step_back()
         while (job := self._to_write.get()) is not None:
-            assert job.agreed is not None
+            assert job.agreed is not None  # noqa: S101 - the stager agreed with its peers
             try:
                 # Staging has the cores' and the memory's time first: it is what a step may have to wait for.
                 self._pool.wait_until(job.has_ended_staging)
                 opened = job.attempt.open(self._write_comm, job.agreed)
                 result = job.attempt.commit(self._write_comm, job.agreed, opened, self._chunks(job))
                 self._after_commit(self._write_comm)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - told by `result`
                 job.has_failed = True
                 self._pool.wake()
                 self._drop_staged(job)

@@ -100,7 +100,7 @@ def commit_votes(
         CheckpointError: as `publish`.
     """
     attempt, merged, layout = coordinator.attempt, coordinator.merged, coordinator.layout
-    assert attempt is not None and merged is not None and layout is not None
+    assert attempt is not None and merged is not None and layout is not None  # noqa: S101, PT018 - opened before
     strangers = {rank: other for other, rank in written.attempts.items() if other != attempt.attempt_id}
     if strangers:
         text = f"ranks voted on another attempt than {attempt.attempt_id}; the lowest of each: {strangers}"

@@ -75,7 +75,7 @@ def merge_evidence(votes: Sequence[Evidence]) -> Evidence:
         for entry, found in vote.not_finite.items():
             known = not_finite.get(entry)
             if known is not None:
-                found = NotFinite(known.num_bytes + found.num_bytes, join_holders(known.holders, found.holders))
+                found = NotFinite(known.num_bytes + found.num_bytes, join_holders(known.holders, found.holders))  # noqa: PLW2901 - joined
             not_finite[entry] = found
     return Evidence(replicas, not_finite)
 

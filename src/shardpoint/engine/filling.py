@@ -174,7 +174,7 @@ class _Filling:
                     return
                 self._before_each()
                 self._read(self._plan.reads[index], scrap, scratch)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised again by `run`, in the caller's thread
             self._failed[index] = error
         finally:
             scratch.close()

@@ -185,7 +185,7 @@ class _Gathering:
                     yield item.chunk, item.buffer.array.data
                 finally:
                     item.release()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised at the end, when no rank waits for this one any more
             self._fail(error)
 
     def _write(self, chunk: Chunk, data: memoryview) -> None:
@@ -195,7 +195,7 @@ class _Gathering:
             for extent in chunk.extents:
                 place = slice(extent.buffer_offset, extent.buffer_offset + extent.num_bytes)
                 self.files.write(chunk.file, data[place], extent.byte_offset)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in `_staged`
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:

@@ -165,7 +165,7 @@ def _region(tensor: TensorEntry, rows: Rows | None) -> Region:
     given: Any = rows  # whatever a caller passes
     if not isinstance(given, tuple):
         raise UsageError(f"{wrong}: give (start, stop), or a tuple of slices")
-    if len(given) == 2 and not any(isinstance(item, slice) for item in given):
+    if len(given) == 2 and not any(isinstance(item, slice) for item in given):  # noqa: PLR2004 - start and stop
         given = (slice(*given),)
     slices = [item for item in given if isinstance(item, slice)]
     if not slices or len(slices) != len(given):

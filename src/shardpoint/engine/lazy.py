@@ -116,7 +116,7 @@ class Arrival:
                 before_each=self._go_on,
             )
             self._result = result_of(fitting, filled, time.monotonic() - began)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits
             self._fail(error, fitting)
             del fitting
         finally:

@@ -48,7 +48,7 @@ _pool = BufferPool(BUDGET_BYTES)
 
 def _split(path: StrPath) -> tuple[LocalStore, str]:
     """Return the store of a path's parent directory, and the path's own name."""
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - must not resolve symlinks
     if not absolute.name:
         raise UsageError(f"{path} is the root of the filesystem: give a directory or a file in it")
     return LocalStore(absolute.parent), absolute.name

@@ -105,7 +105,7 @@ class PendingSave:
         self._was_told = True
         if isinstance(self._outcome, BaseException):
             raise self._outcome
-        assert self._outcome is not None
+        assert self._outcome is not None  # noqa: S101 - `finish` gave one
         return self._outcome
 
     def cancel(self) -> bool:

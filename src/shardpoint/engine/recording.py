@@ -119,7 +119,7 @@ class RunJournal:
             samples=None if samples is None else samples_of(samples),
             rng=rng_digest(),
         )
-        assert self._writer is not None
+        assert self._writer is not None  # noqa: S101 - `_begun` opened it
         self._writer.write(entry)
 
     def begin(
@@ -137,8 +137,8 @@ class RunJournal:
         """
         self._life, self._last, self._origin, self._layout = None, None, None, ""
         if manifest is not None:
-            assert manifest.epoch is not None
-            assert manifest.step is not None
+            assert manifest.epoch is not None  # noqa: S101 - a training checkpoint has a position
+            assert manifest.step is not None  # noqa: S101 - as above
             self._origin = Origin(manifest.name, manifest.checkpoint_id, manifest.epoch, manifest.step)
         self._passed_over = [PassedOver(name, str(error)) for name, error in (passed_over or {}).items()]
         self.look_at(roles)

@@ -68,7 +68,7 @@ def resume_named(
         result, arrival = load_weights_first(comm, own_comm, open_source, prepare, cache, pool=pool)
     else:
         result = load(comm, open_source, prepare, cache, pool=pool)
-    assert found is not None
+    assert found is not None  # noqa: S101 - the load succeeded, so `prepare` ran
     run, manifest = found
     if comm.is_coordinator:
         text = f"resumed {name} of {store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"

@@ -170,7 +170,7 @@ class SaveAttempt:
     @property
     def examination(self) -> Examination:
         """What this rank finds out about its tensors; there once the ranks agreed."""
-        assert self._examination is not None
+        assert self._examination is not None  # noqa: S101 - `agree` comes first
         return self._examination
 
     def open(self, comm: Comm, agreed: AgreedSave) -> OpenSave:
@@ -229,7 +229,7 @@ class SaveAttempt:
                 raise CommitUnknownError(text, attempt_id=opened.attempt_id) from error
             raise
         committed = verdict.committed
-        assert committed is not None
+        assert committed is not None  # noqa: S101 - after the details it is
         result = SaveResult(
             committed.name,
             join(store.location, committed.name),
@@ -258,7 +258,7 @@ class SaveAttempt:
 
     def _commit(self, comm: Comm, details: Details) -> Committed:
         written, merged = self._written, self._coordinator.merged
-        assert written is not None and merged is not None
+        assert written is not None and merged is not None  # noqa: S101, PT018 - opened and voted before
         evidence = written.evidence
         suspect = suspicion(merged, evidence.not_finite, details, num_differing=len(evidence.differing()))
         return commit_votes(comm, self._request, written, self._coordinator, suspect)

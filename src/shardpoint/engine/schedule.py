@@ -164,7 +164,7 @@ class Schedule:
         self._preempted = True
         self._end_in_flight(comm, background, first)
         second = self._agree(comm, "save: preempted", self._save_needs_s)
-        assert second.notice is not None
+        assert second.notice is not None  # noqa: S101 - a signal that was noted stays noted
         if comm.is_coordinator:
             self._tell_of_preemption(second.notice, may_start=second.has_room)
         return Call(may_start=second.has_room)

@@ -117,7 +117,7 @@ def source_of(store: Store, committed: Committed) -> Source:
         UnsupportedFormatError: it is of a newer format.
     """
     if committed.manifest is None:
-        assert committed.problem is not None
+        assert committed.problem is not None  # noqa: S101 - a listing has one or the other
         raise committed.problem
     return Source(store, committed.key, committed.manifest, sealed=True, documents={})
 

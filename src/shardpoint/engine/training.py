@@ -256,7 +256,7 @@ def _install(name: str, calls: Iterable[Callable[[], None]], checks: Iterable[Ca
     if differences:
         text = (
             f"{name} was restored, but the state is not what it holds: {'; '.join(differences[:5])}"
-            f"{f'; and {len(differences) - 5} more' if len(differences) > 5 else ''}. Do not train on with it"
+            f"{f'; and {len(differences) - 5} more' if len(differences) > 5 else ''}. Do not train on with it"  # noqa: PLR2004
         )
         raise ResumeMismatchError(text, differences=differences)
 
@@ -320,7 +320,7 @@ def optimizer_document(data: bytes, path: str) -> dict[str, object]:
     if not well_formed:
         text = f"{path} does not have the form of an optimizer's param groups"
         raise ManifestError(text, key=path)
-    assert isinstance(document, dict)
+    assert isinstance(document, dict)  # noqa: S101 - for the type checker
     return document
 
 
@@ -408,7 +408,7 @@ def _per_rank(
             collected.problems.append(text)
             return []
         data = contents.pop()
-    assert data is not None
+    assert data is not None  # noqa: S101 - listed files have contents
     state = decode_document(data, path)
     values = live_values(state)
     if isinstance(target, dict):

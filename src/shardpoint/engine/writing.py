@@ -132,7 +132,7 @@ def in_file_order(first: Iterable[StagedChunk], second: Iterable[StagedChunk]) -
                 return
             chosen = min(ready, key=lambda index: heads[index].chunk.file)  # type: ignore[union-attr]  # not None
             item, heads[chosen] = heads[chosen], None
-            assert item is not None
+            assert item is not None  # noqa: S101 - chosen among those that are not
             yield item
             heads[chosen] = next(sources[chosen], None)
     finally:
@@ -243,7 +243,7 @@ class OpenFiles:
         for writer in self._writers.values():
             try:
                 writer.close()
-            except Exception as second:
+            except Exception as second:  # noqa: BLE001 - every file is closed before the first error goes up
                 failed = failed or second
         if failed is None:
             return

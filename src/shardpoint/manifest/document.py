@@ -281,7 +281,7 @@ def _check_version(tree: Any, key: str) -> None:
         text = f"{key} is not a Shardpoint manifest"
         raise UnsupportedFormatError(text)
     version = tree.get("version")
-    if not (isinstance(version, list) and len(version) == 2 and all(type(part) is int for part in version)):
+    if not (isinstance(version, list) and len(version) == 2 and all(type(part) is int for part in version)):  # noqa: PLR2004 - major, minor
         text = f"{key} has no readable format version"
         raise ManifestError(text, key=key)
     if version[0] != FORMAT_MAJOR or version[1] > FORMAT_MINOR:

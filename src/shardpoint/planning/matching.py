@@ -86,7 +86,7 @@ def _describe(name: str, missing: list[str], unexpected: list[str], mismatched: 
         if names:
             lines.append(f"  {title} ({len(names)}):")
             lines += [f"    {text}" for text in names[:20]]
-            if len(names) > 20:
+            if len(names) > 20:  # noqa: PLR2004 - the error's attributes have them all
                 lines.append(f"    ... and {len(names) - 20} more (all are in the error's attributes)")
     lines.append("  build the same model and optimizer, or load only the parts that fit")
     return "\n".join(lines)

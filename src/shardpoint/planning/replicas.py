@@ -74,7 +74,7 @@ def _holders(entry: Entry, holding: Holding, own: Holding, rank: int, region: Re
         return holding.ranks if region == Region.whole(entry.shape) else ()
     if own.mesh is not None and (mesh.shape, holding.placements) == (own.mesh.shape, own.placements):
         coordinate = own.mesh.coordinate(rank)
-        assert coordinate is not None
+        assert coordinate is not None  # noqa: S101 - it holds a region
         return replica_ranks(mesh, holding.placements, coordinate)
     axes = zip(mesh.shape, holding.placements, strict=True)
     for coordinate in product(*(range(size if placement.cuts else 1) for size, placement in axes)):

@@ -166,7 +166,7 @@ class OnPreemption:
             raise UsageError(text)
         object.__setattr__(self, "signals", signals)
 
-    def due(self, step: int, previous_step: int | None) -> bool:
+    def due(self, step: int, previous_step: int | None) -> bool:  # noqa: ARG002 - as every save policy's
         """Return False: no step is due by itself."""
         return False
 

@@ -40,7 +40,7 @@ def filesystem_type(path: str, mountinfo: str | None = None) -> str | None:
     for line in mountinfo.splitlines():
         fields, _, rest = line.partition(" - ")
         columns = fields.split()
-        if len(columns) < 5 or not rest:
+        if len(columns) < 5 or not rest:  # noqa: PLR2004 - the mount point is the fifth column (proc_pid_mountinfo(5))
             continue
         point = _ESCAPE.sub(lambda match: chr(int(match.group(1), 8)), columns[4])
         inside = real == point or real.startswith(point.rstrip("/") + "/")

@@ -241,7 +241,7 @@ class Simulation:
         def run(comm: Comm) -> None:
             try:
                 outcomes[comm.rank] = self._save(store, name, contents, comm)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised below, where somebody hears it
                 outcomes[comm.rank] = error
 
         threads = [threading.Thread(target=run, args=(comm,)) for comm in comms]
@@ -256,12 +256,12 @@ class Simulation:
         return result
 
     def _save(self, store: Store, name: str, contents: Contents, comm: Comm) -> SaveResult:
-        import torch
+        import torch  # noqa: PLC0415 - a simulation that only plans does without
 
-        from shardpoint.adapters.collect import Collected, Held
-        from shardpoint.engine import SaveRequest, StructureCache, save
-        from shardpoint.planning.ownership import held_region
-        from shardpoint.storage import BufferPool
+        from shardpoint.adapters.collect import Collected, Held  # noqa: PLC0415
+        from shardpoint.engine import SaveRequest, StructureCache, save  # noqa: PLC0415
+        from shardpoint.planning.ownership import held_region  # noqa: PLC0415
+        from shardpoint.storage import BufferPool  # noqa: PLC0415
 
         class _Virtual(Collected):
             """What a rank has whose table is given."""

@@ -62,7 +62,7 @@ class _Obeying:
 
     def acquire(self, kernel: str | None = None, watch_s: float = 0.0) -> None:
         if kernel is not None:
-            setattr(ownership, "kernel_id", lambda: kernel)
+            setattr(ownership, "kernel_id", lambda: kernel)  # noqa: B010 - as if on another machine
         self.owner = acquire_root(self.store, listener=lambda _: None, watch_s=watch_s)
 
     def release(self) -> None:

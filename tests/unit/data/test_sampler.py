@@ -112,7 +112,7 @@ def test_the_order_depends_on_seed_and_epoch_and_stays_what_it_was() -> None:
 
 
 def global_random_state() -> tuple[Any, ...]:
-    numpy_state = np.random.get_state(legacy=False)
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002  (the global state is what is looked at)
     assert isinstance(numpy_state, dict)
     return random.getstate(), numpy_state["state"]["key"].tolist(), torch.get_rng_state().tolist()
 

@@ -83,7 +83,7 @@ def same(one: Any, other: Any) -> bool:
         return bool(one.dtype == other.dtype and torch.equal(one, other))
     if isinstance(one, np.ndarray | np.generic):
         return bool(one.dtype == other.dtype and one.tobytes() == other.tobytes())
-    return bool(one == other or (one != one and other != other))
+    return bool(one == other or (one != one and other != other))  # noqa: PLR0124 - NaN
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -78,7 +78,7 @@ def test_every_bit_of_a_loss_comes_back(value: float, tmp_path: Path) -> None:
 def test_each_generator_moves_the_digest_and_recording_moves_none(tmp_path: Path) -> None:
     torch.manual_seed(0)
     random.seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     with Checkpointer(tmp_path) as checkpointer:
         before = torch.get_rng_state(), random.getstate()
         legacy = np.random.random
