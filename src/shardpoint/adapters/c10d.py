@@ -143,7 +143,7 @@ class C10dComm(RoundComm):
     def close(self) -> None:
         """Leave the group (see `Comm.close`).
 
-        The last rank to close removes all keys that the comm still has in the store.
+        The last rank to close removes all keys that the comm still has in the store; the ranks' counts of comms stay.
         """
         if self._closed or os.getpid() != self._process_id:
             return
