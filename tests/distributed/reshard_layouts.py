@@ -114,7 +114,7 @@ def llama_run(plugin: Plugin | None, data_size: int, seed: int) -> LlamaRun:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(hidden_size=40, intermediate_size=54, num_hidden_layers=2, num_attention_heads=4,
+    config = LlamaConfig(hidden_size=40, intermediate_size=54, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True)  # fmt: skip
     model: nn.Module = LlamaForCausalLM(config)
     optimizer = adamw(model.parameters())
