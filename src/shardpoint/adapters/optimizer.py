@@ -33,6 +33,8 @@ from shardpoint.layout import Mesh
 from shardpoint.manifest import RawTensor, TensorEntry
 
 _NOT_OPTIONS = frozenset({"params", "param_names"})
+# How torch carries a step out, not what it computes: that belongs to the layout and device at hand, not to the run.
+HOW_TO_STEP = frozenset({"foreach", "fused"})
 
 # Optimizers whose state is not there: True while it is still coming in, False once that has failed.
 _incomplete: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -240,13 +242,14 @@ class OptimizerTarget:
         self.install_states()
 
     def install_options(self) -> None:
-        """Assign the options of the param groups."""
+        """Assign the options of the param groups, but for `foreach` and `fused` where the live group has its own."""
         for number, group in enumerate(self.optimizer.param_groups):
             stored = self.group_of[number]
             if stored is None:
                 continue
             for key, value in self.document["groups"][stored]["options"].items():
-                group[key] = _like(group.get(key), value)
+                if key not in HOW_TO_STEP or key not in group:
+                    group[key] = _like(group.get(key), value)
 
     def install_states(self) -> None:
         """Assign the filled states, once the options are; states that were not stored are removed."""

@@ -13,7 +13,7 @@ import torch
 
 from shardpoint.adapters.collect import scheduler_document
 from shardpoint.adapters.nesting import leaves, put_together
-from shardpoint.adapters.optimizer import OptimizerTarget, same_memory
+from shardpoint.adapters.optimizer import HOW_TO_STEP, OptimizerTarget, same_memory
 from shardpoint.adapters.state import RunState
 from shardpoint.adapters.tensors import from_raw, plain_values, raw_tensor
 from shardpoint.errors import ManifestError
@@ -28,6 +28,8 @@ def option_differences(target: OptimizerTarget) -> Iterator[str]:
         of_group = target.group_of[number]
         options = {} if of_group is None else target.document["groups"][of_group]["options"]
         for key, stored in options.items():
+            if key in group and key in HOW_TO_STEP:
+                continue
             if key not in group or not _same_value(group[key], stored):
                 live = group.get(key, "nothing")
                 yield f"{target.part}: {key} of param group {number} was {_shown(stored)} and is {_shown(live)}"
