@@ -119,6 +119,7 @@ class Collected:
         known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
         frozen: for a save, the parts of which nothing is expected to change.
+        still: those of them that nobody called frozen: the base under adapters, where nothing of it is trained.
     """
 
     rank: int
@@ -138,6 +139,7 @@ class Collected:
     known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    still: set[str] = field(default_factory=set)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
@@ -312,25 +314,32 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
             collected.add_model_documents(named, modeling, adapters, state.tokenizer)
         if state.optimizer is not None:
             collected.add_optimizer(state.optimizer, named, join(role, "optimizer"))
+            if lora.has_still_base(named):
+                collected.still.add(modeling)
+                collected.frozen.add(modeling)
         if state.lr_scheduler is not None:
             path = join(role, "lr_scheduler.json")
             collected.documents[path] = scheduler_document(state.lr_scheduler, path)
         if state.grad_scaler is not None:
             path = join(role, GRAD_SCALER_NAME)
             collected.documents[path] = scaler_document(state.grad_scaler, path)
-        if state.sampler is not None:
-            path = rank_document(join(role, "data"), rank)
-            collected.rank_documents[path] = sampler_document(state.sampler, path)
-        for extra, value in state.extras.items():
-            path = rank_document(join(role, "extras", extra), rank)
-            if isinstance(value, dict):
-                collected.rank_documents[path] = encode_document(plain_values(value, path))
-            else:
-                collected.rank_documents[path] = sampler_document(value, path)
+        collected.rank_documents |= _rank_documents(role, state, rank)
         if state.frozen:
             parts = (part for part in collected.naming if part == modeling or part.startswith(f"{adapters}/"))
             collected.frozen.update(parts)
     return collected
+
+
+def _rank_documents(role: str, state: TrainState, rank: int) -> dict[str, bytes]:
+    documents: dict[str, bytes] = {}
+    if state.sampler is not None:
+        path = rank_document(join(role, "data"), rank)
+        documents[path] = sampler_document(state.sampler, path)
+    for extra, value in state.extras.items():
+        path = rank_document(join(role, "extras", extra), rank)
+        is_plain = isinstance(value, dict)
+        documents[path] = encode_document(plain_values(value, path)) if is_plain else sampler_document(value, path)
+    return documents
 
 
 def sampler_document(sampler: Any, path: str) -> bytes:
