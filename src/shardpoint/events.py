@@ -19,7 +19,7 @@ class Event:
     Attributes:
         kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"`,
             `"rng_derived"`, `"rng_shifted"` (a loader drew from the restored random state), `"save_failed"` (in the
-            background), `"save_skipped"` (too many are under way), `"frozen_changed"` (what was called frozen is not
+            background), `"save_skipped"` (too many are under way), `"frozen_changed"` (what does not train is not
             what the last checkpoint has), `"suspect"` (committed, but what was saved looks wrong),
             `"passed_over_suspect"` (an earlier one is resumed instead), `"resumed_suspect"` (there is no other),
             `"allowed"` (what a load left or converted, as it was allowed to), `"idle_pattern"` (an allowance that no

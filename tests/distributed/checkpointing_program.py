@@ -364,6 +364,14 @@ def check_adapters_under_fsdp(out: Path) -> None:
     prefix = "base_model.model."
     base = {k.replace(".base_layer", "").removeprefix(prefix): v for k, v in weights(model).items() if "lora_" not in k}
     assert same_bits(weights(plain), base)
+    with Checkpointer(out) as checkpointer:
+        pending = checkpointer.save(TrainState(model=model, optimizer=optimizer), epoch=0, step=4, batch_size=1)
+    assert pending is not None
+    assert (
+        pending.result().linked_bytes
+        == (out / "epoch-0_step-4/modeling/model-00001-of-00001.safetensors").stat().st_size
+    )
+    assert same_bits(on_disk(out / "epoch-0_step-4" / "modeling"), base)
 
 
 def check_plain_state_beside_sharded_parameters(out: Path) -> None:
