@@ -21,8 +21,9 @@ class Event:
             `"rng_derived"`, `"rng_shifted"` (a loader drew from the restored random state), `"save_failed"` (in the
             background), `"save_skipped"` (too many are under way), `"frozen_changed"` (what was called frozen is not
             what the last checkpoint has), `"suspect"` (committed, but what was saved looks wrong),
-            `"passed_over_suspect"` (an earlier one is resumed instead) `"resumed_suspect"` (there is no other) or
-            `"preempted"` (a signal said that the run will be stopped).
+            `"passed_over_suspect"` (an earlier one is resumed instead) `"resumed_suspect"` (there is no other),
+            `"preempted"` (a signal said that the run will be stopped) or `"unverified"` (what is loaded has no
+            checksums).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.
