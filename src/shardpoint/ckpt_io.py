@@ -8,6 +8,7 @@ Source: ColossalAI, `applications/ColossalChat/coati/utils/ckpt_io.py`.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,12 @@ from shardpoint.engine import (
     StructureCache,
     Target,
     checkpoint_name,
+    is_colossal_layout,
     is_foreign,
     load,
     load_foreign,
+    native_source,
+    open_colossal,
     open_committed,
     run_state,
     running_states,
@@ -38,10 +42,11 @@ from shardpoint.engine import (
     stored_run,
     training_request,
     training_target,
+    verify_share,
 )
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import ManifestError, NotFoundError, UnsupportedFormatError, UsageError
-from shardpoint.events import log_event
+from shardpoint.events import Event, log_event
 from shardpoint.storage import BufferPool, LocalStore, Store, replace_document
 
 StrPath = str | os.PathLike[str]
@@ -250,7 +255,16 @@ def load_checkpoint(
             raise UsageError("load_checkpoint: give the booster that boosted what is to be loaded")
         if path.exists():
             LocalStore(path)  # refuses a file
-        return open_committed(LocalStore(path.parent), path.name)
+        store = LocalStore(path.parent)
+        if not is_colossal_layout(store, path.name):
+            return open_committed(store, path.name)
+        if comm.is_coordinator and any(live is not None for live in wanted.values()):
+            text = (
+                f"{path} was saved by ColossalChat itself: it has no manifest, so nothing can tell whether its bytes "
+                "are those that were saved; it has no random state either"
+            )
+            log_event(Event("unverified", text, path.name, logging.WARNING))
+        return open_colossal(store, path.name)
 
     if all(live is None for live in wanted.values()):
         run = stored_run(find())  # what one process may ask alone, as ColossalChat's producers do
@@ -270,14 +284,22 @@ def _load_native(
     comm: Comm,
 ) -> RunState:
     run: RunState | None = None
+    named = model
+    if named is None and optimizer is not None and booster is not None:
+        named = booster.model_of(optimizer)
+    live = nn.Module() if named is None else named
+
+    def find_ours() -> Source:
+        source = find()
+        if not is_foreign(source):
+            return source
+        # Order: verified before anything of it is looked into; a damaged file of any rank's share ends the load on all.
+        verify_share(source, comm)
+        return native_source(source, live, optimizer, lr_scheduler)
 
     def prepare(source: Source) -> Target:
         nonlocal run
         run = stored_run(source)
-        named = model
-        if named is None and optimizer is not None and booster is not None:
-            named = booster.model_of(optimizer)
-        live = nn.Module() if named is None else named
         state = TrainState(model=live, optimizer=optimizer, lr_scheduler=lr_scheduler)
         return training_target(
             source,
@@ -289,7 +311,7 @@ def _load_native(
             random_state=optimizer is not None,
         )
 
-    load(comm, find, prepare, _cache)
+    load(comm, find_ours, prepare, _cache)
     assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
     return run
 

@@ -369,16 +369,16 @@ def scheduler_document(lr_scheduler: Any, path: str) -> bytes:
         text = f"{path}: {type(lr_scheduler).__name__} has no state_dict"
         raise UsageError(text)
     values = plain_values(lr_scheduler.state_dict(), path)
-    return encode_document({"class": _scheduler_class(lr_scheduler), "state": values})
+    return encode_document({"class": scheduler_class(lr_scheduler), "state": values})
 
 
-def _scheduler_class(lr_scheduler: Any) -> str:
+def scheduler_class(lr_scheduler: Any) -> str:
     """Return a scheduler's class, with those of the schedulers that it is made of: `SequentialLR(LinearLR, StepLR)`."""
     children = getattr(lr_scheduler, "_schedulers", None)
     name = type(lr_scheduler).__name__
     if not isinstance(children, list | tuple):
         return name
-    return f"{name}({', '.join(_scheduler_class(child) for child in children)})"
+    return f"{name}({', '.join(scheduler_class(child) for child in children)})"
 
 
 def scheduler_state(lr_scheduler: Any, data: bytes, path: str) -> tuple[Any, str | None]:
@@ -393,7 +393,7 @@ def scheduler_state(lr_scheduler: Any, data: bytes, path: str) -> tuple[Any, str
     document = decode_document(data, path)
     if not isinstance(document, dict) or set(document) != {"class", "state"}:
         raise ManifestError(f"{path} is not the document of a scheduler", key=path)
-    stored, live = document["class"], _scheduler_class(lr_scheduler)
+    stored, live = document["class"], scheduler_class(lr_scheduler)
     problem = f"{path}: the state of {stored}, the target is {live}" if stored != live else None
     return live_values(document["state"]), problem
 

@@ -48,12 +48,14 @@ class NamedModule:
         tensors: each once, in the model's order; a tied tensor has the name that comes first.
         names: id of a parameter or buffer -> its name.
         extra_states: module name -> module, for modules with a `get_extra_state` of their own.
+        aliases: further name of a tied tensor -> the name that comes first.
     """
 
     root: nn.Module
     tensors: list[NamedTensor] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     extra_states: dict[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def by_name(self) -> dict[str, NamedTensor]:
         """Return the tensors by their names."""
@@ -162,6 +164,8 @@ def _add(named: NamedModule, tensor: NamedTensor) -> None:
     if id(tensor.tensor) not in named.names:
         named.names[id(tensor.tensor)] = tensor.fqn
         named.tensors.append(tensor)
+    else:
+        named.aliases[tensor.fqn] = named.names[id(tensor.tensor)]
 
 
 def class_name(module: nn.Module) -> str:

@@ -2,7 +2,8 @@
 
 from shardpoint.engine.background import BackgroundSaver
 from shardpoint.engine.carried import stored_run
-from shardpoint.engine.foreign import load_foreign, save_foreign
+from shardpoint.engine.colossal import is_colossal_layout, native_source, open_colossal
+from shardpoint.engine.foreign import load_foreign, save_foreign, verify_share
 from shardpoint.engine.inspection import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
@@ -58,6 +59,7 @@ __all__ = [
     "Target",
     "TensorInfo",
     "checkpoint_name",
+    "is_colossal_layout",
     "is_foreign",
     "load",
     "load_foreign",
@@ -65,7 +67,9 @@ __all__ = [
     "load_model",
     "load_optimizer",
     "load_weights_first",
+    "native_source",
     "open_checkpoint",
+    "open_colossal",
     "open_committed",
     "refused_request",
     "resume_named",
@@ -84,4 +88,5 @@ __all__ = [
     "tell_of_suspects",
     "training_request",
     "training_target",
+    "verify_share",
 ]

@@ -202,7 +202,7 @@ def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> Non
 
     Args:
         comm: the ranks; they share the verification.
-        source: the checkpoint.
+        source: the checkpoint; files without a manifest are handed over unverified.
         read: called on every rank with the checkpoint's path.
 
     Raises:
@@ -214,17 +214,7 @@ def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> Non
     """
 
     def verify() -> bool:
-        for entry in source.manifest.files[comm.rank :: comm.world_size]:
-            try:
-                found = _hash_file(source.store, source.key, entry.path, comm.progress)
-            except NotFoundError as error:
-                raise source.gone(entry.path, error) from error
-            if found.size_bytes != entry.size_bytes:
-                text = f"{entry.path} of {source.manifest.name} has {found.size_bytes} bytes, not {entry.size_bytes}"
-                raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(found.size_bytes))
-            if found.crc64nvme != entry.crc64nvme:
-                text = f"{entry.path} of {source.manifest.name} does not have the checksum that was committed"
-                raise ChecksumError(text, key=entry.path, expected=entry.crc64nvme, actual=found.crc64nvme)
+        verify_share(source, comm)
         return True
 
     agree(comm, "load: verify", verify, bool, lambda _: True, bool)
@@ -234,3 +224,25 @@ def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> Non
         return True
 
     agree(comm, "load: read", load_it, bool, lambda _: True, bool)
+
+
+def verify_share(source: Source, comm: Comm) -> None:
+    """Verify this rank's share of a checkpoint's files; without a manifest there is nothing to verify them by.
+
+    Raises:
+        CorruptionError: a file is not what was committed.
+        NotFoundError: the checkpoint was pruned or replaced meanwhile.
+    """
+    if not source.sealed:
+        return
+    for entry in source.manifest.files[comm.rank :: comm.world_size]:
+        try:
+            found = _hash_file(source.store, source.key, entry.path, comm.progress)
+        except NotFoundError as error:
+            raise source.gone(entry.path, error) from error
+        if found.size_bytes != entry.size_bytes:
+            text = f"{entry.path} of {source.manifest.name} has {found.size_bytes} bytes, not {entry.size_bytes}"
+            raise TruncatedError(text, key=entry.path, expected=str(entry.size_bytes), actual=str(found.size_bytes))
+        if found.crc64nvme != entry.crc64nvme:
+            text = f"{entry.path} of {source.manifest.name} does not have the checksum that was committed"
+            raise ChecksumError(text, key=entry.path, expected=entry.crc64nvme, actual=found.crc64nvme)

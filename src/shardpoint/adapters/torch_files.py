@@ -1,0 +1,103 @@
+"""Where the tensors of a file lie that `torch.save` made: nothing of it is executed, and no tensor is read.
+
+Such a file is a zip archive without compression, so each tensor's bytes are contiguous in it, at an offset that torch
+tells. They can be read like those of any other tensor file: by runs, by threads, each rank only its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shardpoint.adapters.tensors import dtype_name
+from shardpoint.errors import NotFoundError, TruncatedError, UnsupportedFormatError
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: logical name.
+        shape: its shape.
+        byte_offset: where its bytes start in the file.
+        num_bytes: how many there are.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    byte_offset: int
+    num_bytes: int
+
+
+def read_values(path: str, place: str) -> Any:
+    """Return what a file holds; its tensors are mapped, not read.
+
+    Args:
+        path: on a local filesystem.
+        place: for messages.
+
+    Raises:
+        NotFoundError: it is not there.
+        TruncatedError: it is not a whole archive.
+        UnsupportedFormatError: it holds something that is neither a tensor nor plain data.
+    """
+    return _load(path, place)
+
+
+def locate_tensors(path: str, place: str) -> dict[Any, Any]:
+    """Return a file's dict, with a `Located` in place of each tensor, at the top or one dict below.
+
+    Args:
+        path: on a local filesystem.
+        place: for messages.
+
+    Raises:
+        NotFoundError: it is not there.
+        TruncatedError: it is not a whole archive.
+        UnsupportedFormatError: it is not a dict, or a tensor's elements do not lie one after the other.
+    """
+    with FakeTensorMode():
+        values = _load(path, place)
+        if not isinstance(values, Mapping):
+            raise UnsupportedFormatError(f"{place} holds a {type(values).__name__}, not tensors by name")
+        return {key: _located(value, f"{place}: {key}") for key, value in values.items()}
+
+
+def _located(value: Any, place: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _located(item, f"{place} [{key}]") for key, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None or not value.is_contiguous():
+        text = (
+            f"{place} is not stored element after element (its strides are {value.stride()}): load it with the library "
+            "that wrote it, make it contiguous, and save again"
+        )
+        raise UnsupportedFormatError(text)
+    num_bytes = value.numel() * value.element_size()
+    start = offset + value.storage_offset() * value.element_size()
+    return Located(dtype_name(value.dtype, place), tuple(value.shape), start, num_bytes)
+
+
+def _load(path: str, place: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{place} is not there") from error
+    except Exception as error:
+        # torch raises RuntimeError, EOFError, UnpicklingError, ... without telling damage from what it refuses.
+        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+            text = f"{place} holds more than tensors and plain data, which loading would execute: {_first_line(error)}"
+            raise UnsupportedFormatError(text) from error
+        text = f"{place} cannot be read as a file of torch.save: {_first_line(error)}. Load another checkpoint"
+        raise TruncatedError(text, key=place, expected="a whole archive", actual=type(error).__name__) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,193 @@
+"""Which parameter each numbered optimizer state of ColossalAI's files belongs to.
+
+The files have numbers, counted through the param groups in their order; names come from the optimizer that is filled.
+A number says nothing of the parameter that it meant, so every count and every shape is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from shardpoint.adapters.collect import scheduler_class
+from shardpoint.adapters.names import NamedModule
+from shardpoint.adapters.optimizer import named_groups
+from shardpoint.adapters.tensors import dtype_name, plain_values
+from shardpoint.adapters.torch_files import Located
+from shardpoint.errors import ManifestError
+from shardpoint.manifest import encode_document
+
+Members = list[list[tuple[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerFiles:
+    """What an optimizer's files hold.
+
+    Attributes:
+        groups: the param groups, with numbers in place of parameters.
+        states: number -> state -> (path, where) for a tensor of one and more dims, else the value.
+        place: for messages.
+    """
+
+    groups: Any
+    states: Mapping[int, Mapping[str, Any]]
+    place: str
+
+
+@dataclass
+class NamedStates:
+    """The same by name.
+
+    Attributes:
+        document: as `param_groups.json` has it.
+        tensors: (parameter, state, path, where).
+        problems: what does not fit, one line each.
+    """
+
+    document: dict[str, Any]
+    tensors: list[tuple[str, str, str, Located]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def name_states(files: OptimizerFiles, optimizer: Optimizer, named: NamedModule) -> NamedStates:
+    """Match numbers with the parameters of an optimizer that was built like the one that was saved.
+
+    Args:
+        files: what was stored.
+        optimizer: not changed.
+        named: the model that it steps.
+
+    Raises:
+        ManifestError: the groups do not have the form of param groups.
+        UsageError: a parameter is not in the model.
+    """
+    members = named_groups(optimizer, named, "optimizer")
+    stored = _checked_groups(files)
+    # The files do not tell the class; what it keeps in its groups does, as far as that goes.
+    found = NamedStates({"class": type(optimizer).__name__, "groups": [], "states": {}})
+    numbered = _numbered(stored, members, found.problems)
+    if numbered is None:
+        return found
+    fqns = {
+        number: member
+        for group, names in zip(stored, numbered, strict=True)
+        for number, member in zip(group["params"], names, strict=True)
+    }
+    for index, (group, live, names) in enumerate(zip(stored, optimizer.param_groups, members, strict=True)):
+        options = _options(group, live, f"optimizer: param group {index}", found.problems)
+        found.document["groups"].append({"params": [name for name, _ in names], "options": options})
+    is_torchs = type(optimizer).__module__.startswith("torch.optim")
+    for number, states in files.states.items():
+        if number not in fqns:
+            found.problems.append(f"optimizer: a state of parameter {number}, which is in no group")
+            continue
+        fqn, parameter = fqns[number]
+        for state, value in states.items():
+            label = f"optimizer: {fqn} [{state}]"
+            if isinstance(value, tuple) and isinstance(value[1], Located):
+                _add_tensor(found, fqn, state, value, parameter, is_torchs=is_torchs)
+            else:
+                # ColossalAI's HybridAdam counts in integers, torch's Adam in tensors.
+                as_tensor = is_torchs and state == "step" and isinstance(value, int | float)
+                kept = torch.tensor(float(value), dtype=torch.float32) if as_tensor else value
+                found.document["states"].setdefault(fqn, {})[state] = plain_values(kept, label)
+    return found
+
+
+def _checked_groups(files: OptimizerFiles) -> list[dict[str, Any]]:
+    groups = files.groups
+    well_formed = isinstance(groups, list) and all(
+        isinstance(group, dict)
+        and isinstance(group.get("params"), list)
+        and all(isinstance(number, int) for number in group["params"])
+        for group in groups
+    )
+    if not well_formed:
+        raise ManifestError(f"{files.place}: its param groups do not have the form of param groups", key="optimizer")
+    return list(groups)
+
+
+def _numbered(stored: list[dict[str, Any]], members: Members, problems: list[str]) -> Members | None:
+    """Return each group's numbered parameters: all of them, or (as ZeRO counts) only those that are trained."""
+    sizes = [len(group["params"]) for group in stored]
+    trained = [[member for member in group if member[1].requires_grad] for group in members]
+    for candidate in (members, trained):
+        if [len(group) for group in candidate] == sizes:
+            return candidate
+    problems.append(
+        f"optimizer: stored are {len(sizes)} param groups of {sizes} parameters, the target has {len(members)} of "
+        f"{[len(group) for group in members]} (trained: {[len(group) for group in trained]}): "
+        "build the groups as they were"
+    )
+    return None
+
+
+def _options(stored: Mapping[str, Any], live: Mapping[str, Any], place: str, problems: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for key, value in stored.items():
+        if key in ("params", "param_names"):
+            continue
+        if key == "bias_correction" and key not in live and value is True:
+            continue  # HybridAdam's, and what torch's Adam always does
+        if key not in live and key != "initial_lr":
+            problems.append(f"{place}: stored with {key}={value!r}, which the target does not know: another optimizer")
+            continue
+        if key == "decoupled_weight_decay" and live[key] != value:
+            problems.append(f"{place}: stored with {key}={value}, the target has {live[key]} (Adam is not AdamW)")
+        options[key] = plain_values(value, f"{place}: {key}")
+    return options
+
+
+def _add_tensor(
+    found: NamedStates,
+    fqn: str,
+    state: str,
+    value: tuple[str, Located],
+    parameter: torch.Tensor,
+    *,
+    is_torchs: bool,
+) -> None:
+    path, where = value
+    wanted, dtype = tuple(parameter.shape), dtype_name(parameter.dtype, fqn)
+    if where.shape != wanted:
+        found.problems.append(
+            f"optimizer: {fqn} [{state}]: stored {list(where.shape)}, the parameter at this place is {list(wanted)}: "
+            "the parameters are in another order, or the model is another"
+        )
+    elif is_torchs and where.dtype != dtype:
+        found.problems.append(
+            f"optimizer: {fqn} [{state}]: stored {where.dtype}, the parameter is {dtype}, and torch's optimizers keep "
+            "both alike: build the model in that dtype, or load with optimizer=None and start the optimizer afresh"
+        )
+    found.tensors.append((fqn, state, path, where))
+
+
+def scheduler_file_document(values: Any, lr_scheduler: Any, place: str) -> tuple[bytes, list[str]]:
+    """Return a scheduler's file as our document, and what does not fit.
+
+    Args:
+        values: what the file holds.
+        lr_scheduler: the scheduler that is to be filled; its class is not in the file, so its keys are compared.
+        place: for messages.
+
+    Raises:
+        ManifestError: the file does not hold a scheduler's state.
+    """
+    if not isinstance(values, dict):
+        raise ManifestError(f"{place} does not hold a scheduler's state", key="lr_scheduler")
+    problems: list[str] = []
+    if hasattr(lr_scheduler, "state_dict"):
+        live = set(lr_scheduler.state_dict())
+        if live != set(values):
+            only_stored, only_live = sorted(set(values) - live), sorted(live - set(values))
+            problems.append(
+                f"lr_scheduler: stored is the state of another scheduler than {type(lr_scheduler).__name__}: only "
+                f"stored {only_stored}, only in the target {only_live}"
+            )
+    document = {"class": scheduler_class(lr_scheduler), "state": plain_values(values, place)}
+    return encode_document(document), problems
