@@ -20,7 +20,7 @@ from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.torch_files import Located, locate_tensors, read_values
 from shardpoint.checksum import crc64, to_hex
 from shardpoint.engine.carried import RUNNING_STATES_NAME
-from shardpoint.engine.colossal_optimizer import OptimizerFiles, name_states, scheduler_file_document
+from shardpoint.engine.numbered import OptimizerFiles, name_states, scheduler_file_document
 from shardpoint.engine.source import Source, open_plain
 from shardpoint.errors import ManifestError, MismatchError, NotFoundError, TruncatedError, UnsupportedFormatError
 from shardpoint.manifest import (
