@@ -23,10 +23,10 @@ from torch import nn
 import shardpoint
 from shardpoint.booster import TorchDDPPlugin as NativeDDP
 from shardpoint.booster import TorchFSDPPlugin as NativeFSDP
-from shardpoint.errors import ChecksumError, PeerError, StorageError, UnsupportedFormatError
+from shardpoint.errors import ChecksumError, MismatchError, PeerError, StorageError, UnsupportedFormatError
 from tests.colossalai import cpu
 from tests.distributed.reporting import run_and_report
-from tests.training import flip, net, optimizer_state, same_bits, weights
+from tests.training import Net, flip, net, optimizer_state, same_bits, weights
 
 RANK = int(os.environ["RANK"])
 PLUGINS: dict[str, Callable[[], Any]] = {
@@ -39,9 +39,10 @@ PLUGINS: dict[str, Callable[[], Any]] = {
 class Run:
     """One run under the real Booster."""
 
-    def __init__(self, plugin: str, seed: int) -> None:
+    def __init__(self, plugin: str, seed: int, width: int = 5) -> None:
         self.booster = Booster(plugin=PLUGINS[plugin]())
-        model = net(seed)
+        torch.manual_seed(seed)
+        model = Net(width)
         model.frozen.requires_grad_()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
@@ -124,6 +125,23 @@ def is_all_or_nothing(plugin: str, out: Path) -> None:
     assert same_bits(weights(other.bare), before)
 
 
+def refuses_what_would_be_skipped(plugin: str, out: Path) -> None:
+    _, path = saved(out, plugin)
+    wider = Run(plugin, 7, width=6)
+    before = {name: tensor.clone() for name, tensor in weights(wider.bare).items()}
+    with pytest.raises((MismatchError, PeerError)) as caught:
+        wider.load(path)
+    assert "head.weight: stored F32 [1, 5], the model has F32 [1, 6]" in str(caught.value)
+    assert same_bits(weights(wider.bare), before)
+    other = Run(plugin, 7)
+    other.bare.register_parameter("later", nn.Parameter(torch.ones(2)))
+    del other.bare.unused
+    with pytest.raises((MismatchError, PeerError)) as caught:
+        other.load(path)
+    assert "missing later" in str(caught.value)
+    assert "unexpected unused" in str(caught.value)
+
+
 def goes_on_natively(plugin: str, out: Path) -> None:
     run, path = saved(out, plugin)
     own = out / "own" / "epoch-1_step-3"
@@ -165,7 +183,7 @@ def checks() -> dict[str, Callable[[Path], None]]:
     found: dict[str, Callable[[Path], None]] = {
         f"{plugin}_{check.__name__}": functools.partial(check, plugin)
         for plugin in PLUGINS
-        for check in (goes_on, is_all_or_nothing, goes_on_natively)
+        for check in (goes_on, is_all_or_nothing, refuses_what_would_be_skipped, goes_on_natively)
     }
     return found | {"what_shardpoint_wrote_is_not_given_to_it": what_shardpoint_wrote_is_not_given_to_it}
 

@@ -23,7 +23,7 @@ CHECKS = [
     *(
         f"{plugin}_{check}"
         for plugin in ("ddp", "zero1", "zero2")
-        for check in ("goes_on", "is_all_or_nothing", "goes_on_natively")
+        for check in ("goes_on", "is_all_or_nothing", "refuses_what_would_be_skipped", "goes_on_natively")
     ),
     "what_shardpoint_wrote_is_not_given_to_it",
 ]
