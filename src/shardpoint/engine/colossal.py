@@ -256,8 +256,8 @@ def _weight_entries(
             entries.append(_entry(MODELING, fqn, None, fqn, place, files[path]))
         elif other[1] != (path, place) and not _same_values(source, name, path, other[0], other[1][0]):
             text = (
-                f"{source.manifest.name}: {name} and {other[0]} are stored with different values, and are one tensor in "
-                "the target: untie them"
+                f"{source.manifest.name}: {name} and {other[0]} are stored with different values, and are one tensor "
+                "in the target: untie them"
             )
             raise MismatchError(text, mismatched=[f"{MODELING}: {name} and {other[0]} are tied in the target only"])
     return entries
