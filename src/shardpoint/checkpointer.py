@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self, get_args
@@ -37,6 +37,7 @@ from shardpoint.engine import (
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import CheckpointError, CorruptionError, NotFoundError, UsageError
 from shardpoint.events import Event, Listener, log_event
+from shardpoint.planning import Allowances
 from shardpoint.policies import KeepPolicy, SavePolicy, names_to_keep
 from shardpoint.storage import BufferPool, LocalStore, Store
 
@@ -283,7 +284,15 @@ class Checkpointer:
                 self._tell("save_failed", f"the save of {known.name} had failed: {known.failure}", known.name)
         self._pending = [known for known in self._pending if not known.done()]
 
-    def resume(self, state: TrainState | Mapping[str, TrainState], *, lazy_optimizer: bool = False) -> RunState | None:
+    def resume(
+        self,
+        state: TrainState | Mapping[str, TrainState],
+        *,
+        lazy_optimizer: bool = False,
+        allow_missing: Collection[str] = (),
+        allow_unexpected: Collection[str] = (),
+        allow_cast: bool = False,
+    ) -> RunState | None:
         """Restore everything from the newest committed checkpoint.
 
         The newest is the one committed last, not the one with the highest step. Where it turns out to be corrupt, the
@@ -300,6 +309,10 @@ class Checkpointer:
                 the optimizers' states are as before; the first step of an optimizer, a save and `optimizer_ready` wait
                 for them. Where they turn out to be damaged, each of these raises that on every rank, and goes on doing
                 so: the weights are restored already, so no earlier checkpoint is taken. Resume again without this.
+            allow_missing: patterns (`fnmatch`) of names of parameters and buffers that the checkpoint may lack; they
+                stay as they are, their optimizer states too, and may be in another param group.
+            allow_unexpected: patterns of the names that the state may lack.
+            allow_cast: convert weights whose floating-point dtype differs. Optimizer states are never converted.
 
         Returns:
             Where the run was, or None when the root has no checkpoint.
@@ -330,12 +343,18 @@ class Checkpointer:
             self._arrival = None
         passed_over: dict[str, CorruptionError | NotFoundError] = {}
         tried: set[str] = set()
+        allowances: list[Allowances] = []
+
+        def look() -> bool:
+            allowances.append(Allowances.of(allow_missing, allow_unexpected, cast=allow_cast))
+            return bool(as_roles(state)) and lazy_optimizer
+
         while True:
-            # Order: the state is looked at in a round, so that a wrong one on one rank is an error on all of them.
+            # Order: the arguments are looked at in a round, so that a wrong one on one rank is an error on all of them.
             candidates = agree(
                 self._comm,
                 "resume: list",
-                lambda: bool(as_roles(state)) and lazy_optimizer,
+                look,
                 bool,
                 self._candidates,
                 list[str],
@@ -354,6 +373,7 @@ class Checkpointer:
                     pool=self._pool,
                     listener=self._listener,
                     own_comm=own_comm if lazy_optimizer else None,
+                    allowed=allowances[-1],
                 )
             except CorruptionError as error:
                 passed_over[name] = error

@@ -12,9 +12,11 @@ from shardpoint.catalog import training_checkpoints
 from shardpoint.engine import Source, StructureCache, Target, open_committed, stored_run, training_target
 from shardpoint.engine import load as load_target
 from shardpoint.engine.ballots import agree
+from shardpoint.engine.resuming import tell_of_allowed, with_allowed
 from shardpoint.errors import NotFoundError, UsageError
 from shardpoint.events import Listener, log_event
 from shardpoint.manifest import MANIFEST_NAME
+from shardpoint.planning import Allowances
 from shardpoint.storage import LocalStore
 
 
@@ -23,6 +25,9 @@ def load(
     state: TrainState | Mapping[str, TrainState],
     *,
     roles: Collection[str] | None = None,
+    allow_missing: Collection[str] = (),
+    allow_unexpected: Collection[str] = (),
+    allow_cast: bool = False,
     listener: Listener = log_event,
 ) -> RunState:
     """Load some roles of a checkpoint, and of each what its state has: weights alone, or with the optimizer.
@@ -34,6 +39,10 @@ def load(
         path: a committed checkpoint, or a root: then the checkpoint that was committed last.
         state: the live objects to fill, by role; or a single one.
         roles: which of them to load; None loads all that `state` has. With a single state: the one role that it gets.
+        allow_missing: patterns (`fnmatch`) of names of parameters and buffers that the checkpoint may lack; they
+            stay as they are, their optimizer states too, and may be in another param group.
+        allow_unexpected: patterns of the names that the state may lack.
+        allow_cast: convert weights whose floating-point dtype differs. Optimizer states are never converted.
         listener: told of what a person should know.
 
     Returns:
@@ -68,10 +77,12 @@ def load(
     comm = open_comm()
     run: RunState | None = None
     chosen: dict[str, TrainState] = {}
+    allowances: list[Allowances] = []
 
     def choose() -> bool:
         # Order: in a round, so that a wrong argument of one rank is an error on all of them.
         chosen.update(_chosen(state, roles))
+        allowances.append(Allowances.of(allow_missing, allow_unexpected, cast=allow_cast))
         return True
 
     root, name = agree(comm, "load: find", choose, bool, lambda _: _find(Path(path)), tuple[str, str])
@@ -82,11 +93,13 @@ def load(
     def prepare(source: Source) -> Target:
         nonlocal run
         run = stored_run(source)
-        return training_target(source, chosen, comm, listener, partial=True, random_state=False)
+        return training_target(source, chosen, comm, listener, partial=True, random_state=False, allowed=allowances[0])
 
-    load_target(comm, open_source, prepare, StructureCache())
+    result = load_target(comm, open_source, prepare, StructureCache())
     assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
-    return run
+    if comm.is_coordinator:
+        tell_of_allowed(result, listener)
+    return with_allowed(run, result)
 
 
 def _chosen(state: TrainState | Mapping[str, TrainState], roles: Collection[str] | None) -> dict[str, TrainState]:

@@ -51,6 +51,7 @@ from shardpoint.events import Event
 from shardpoint.planning import small
 from shardpoint.storage import LocalStore
 from shardpoint.testing import Fault, FaultyStore
+from tests.compat import colossal_layout
 from tests.distributed.reporting import run_and_report
 from tests.training import (
     OPTIMIZERS,
@@ -364,6 +365,14 @@ def check_adapters_under_fsdp(out: Path) -> None:
     prefix = "base_model.model."
     base = {k.replace(".base_layer", "").removeprefix(prefix): v for k, v in weights(model).items() if "lora_" not in k}
     assert same_bits(weights(plain), base)
+    with Checkpointer(out) as checkpointer:
+        pending = checkpointer.save(TrainState(model=model, optimizer=optimizer), epoch=0, step=4, batch_size=1)
+    assert pending is not None
+    assert (
+        pending.result().linked_bytes
+        == (out / "epoch-0_step-4/modeling/model-00001-of-00001.safetensors").stat().st_size
+    )
+    assert same_bits(on_disk(out / "epoch-0_step-4" / "modeling"), base)
 
 
 def check_plain_state_beside_sharded_parameters(out: Path) -> None:
@@ -593,6 +602,57 @@ def check_a_foreign_booster(out: Path) -> None:
     assert load_checkpoint(out / "epoch-0_step-1", booster, two, None, None) == (0, 1, 1)
     stored = torch.load(out / "epoch-0_step-1" / "modeling" / "pytorch_model.bin")
     assert same_bits(weights(two), stored)
+
+
+class Colossal:
+    """Writes what ColossalAI's Booster writes for a model that every rank has whole."""
+
+    def save_model(self, model: nn.Module, checkpoint: str, **_: Any) -> None:
+        if RANK == 0:
+            colossal_layout.write_weights(Path(checkpoint), model.state_dict())
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, checkpoint: str, **_: Any) -> None:
+        if RANK == 0:
+            colossal_layout.write_optimizer(Path(checkpoint), optimizer.state_dict())
+
+    def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str) -> None:
+        if RANK == 0:
+            torch.save(lr_scheduler.state_dict(), checkpoint)
+
+    def load_model(self, *_: Any) -> None: ...
+    def load_optimizer(self, *_: Any) -> None: ...
+    def load_lr_scheduler(self, *_: Any) -> None: ...
+
+
+def check_a_foreign_checkpoint_goes_on_natively(out: Path) -> None:
+    model: nn.Module = net(0)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 5])
+    saved = TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler)
+    step(saved, range(3))
+    booster: Any = Colossal()
+    save_checkpoint(out, booster, model, optimizer, scheduler, 0, 3, 4, DistCoordinator())
+    if RANK == 0:
+        colossal_layout.write_checkpoint(out / "own" / "epoch-0_step-3", model, optimizer, scheduler, 0, 3)
+    dist.barrier()
+    for path, start in ((out / "epoch-0_step-3", 12), (out / "own" / "epoch-0_step-3", 96)):
+        for plugin in PLUGINS.values():
+            native = Booster(plugin=plugin())
+            bare: nn.Module = net(5)
+            stepped = OPTIMIZERS["adamw"](bare.parameters())
+            other, stepped, *_ = native.boost(bare, stepped)
+            follows = torch.optim.lr_scheduler.MultiStepLR(stepped, [2, 2, 5])
+            assert load_checkpoint(path, native, other, stepped, follows) == (0, 3, start)
+            assert same_bits(everything(TrainState(model=other, optimizer=stepped)), everything(saved))
+            assert follows.state_dict() == scheduler.state_dict()
+    dist.barrier()
+    if RANK == 0:
+        flip(out / "epoch-0_step-3" / "modeling" / "pytorch_model-00002.bin", 700)
+    dist.barrier()
+    before = everything(TrainState(model=other, optimizer=stepped))
+    with pytest.raises((ChecksumError, PeerError), match=r"pytorch_model-00002\.bin"):
+        load_checkpoint(out / "epoch-0_step-3", native, other, stepped, None)
+    assert same_bits(everything(TrainState(model=other, optimizer=stepped)), before)
 
 
 # ---- what comes in behind, and who reads what

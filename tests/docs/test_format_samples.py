@@ -17,6 +17,7 @@ from awscrt import checksums
 from safetensors import safe_open
 
 from shardpoint.adapters import rng
+from shardpoint.adapters.nesting import is_skeleton, put_together
 from shardpoint.adapters.restored import next_samples
 from shardpoint.catalog import LOADED_SUFFIXES, open_path, verify
 from shardpoint.checksum import crc64, to_hex
@@ -225,9 +226,17 @@ def test_the_owner_sample_has_the_fields_of_a_real_one(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "root" / owner.key).iterdir()} == {"lock", "heartbeat", "owner.json"}
 
 
+def test_a_nested_state_is_described() -> None:
+    (skeletons,) = json.loads(chosen("nested")[""].body).values()
+    factors = {"shampoo/factors/0": 1, "shampoo/factors/1": 2}
+    assert is_skeleton(skeletons["shampoo"])
+    state = put_together(skeletons["shampoo"], factors, lambda value, _: value, "shampoo")
+    assert state == {"factors": [1, 2], "rank": 2}
+
+
 def test_every_sample_is_tested() -> None:
     kinds = {block.info.partition(" ")[2].partition("=")[0] for block in BLOCKS}
-    assert kinds == {"header", "data", "file", "document", "crc", "owner", "next", "journal", "suspect"}
+    assert kinds == {"header", "data", "file", "document", "crc", "owner", "next", "journal", "suspect", "nested"}
 
 
 def test_the_journal_is_read_and_written_as_the_sample(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def dpo() -> ModuleType:
 
 @pytest.mark.distributed
 @pytest.mark.crash
-def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin", ["fsdp", pytest.param("ddp", marks=pytest.mark.nightly)])
+def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_happened(plugin: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ("--tiny", "--plugin", "fsdp", "--steps", "7", "--save-every", "3")
+    options = ("--tiny", "--plugin", plugin, "--steps", "7", "--save-every", "3")
     assert_goes_on_as_if_nothing_had_happened("dpo", whole, killed, *options, kill="rank=0,step=6", saved=3)
 
     assert committed(whole) == ["epoch-0_step-3", "epoch-0_step-6"]

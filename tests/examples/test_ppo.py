@@ -30,9 +30,10 @@ def ppo() -> ModuleType:
 
 @pytest.mark.distributed
 @pytest.mark.crash
-def test_a_run_killed_in_a_save_goes_on_with_the_experience_it_had(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin", ["fsdp", pytest.param("ddp", marks=pytest.mark.nightly)])
+def test_a_run_killed_in_a_save_goes_on_with_the_experience_it_had(plugin: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = ("--tiny", "--plugin", "fsdp", "--steps", "7", "--save-every", "3")
+    options = ("--tiny", "--plugin", plugin, "--steps", "7", "--save-every", "3")
     # Two steps for each rollout: the save of step 3 falls between the two.
     _, resumed = assert_goes_on_as_if_nothing_had_happened(
         "ppo", whole, killed, *options, kill="rank=0,step=6", saved=3

@@ -106,7 +106,7 @@ def test_an_optimizer_without_parameters_is_an_error(saved: Path, tmp_path: Path
     empty.optimizer = torch.optim.AdamW([{"params": []}])
     with pytest.raises(MismatchError) as caught:
         resume(saved, empty)
-    assert any("in no rank's optimizer" in line for line in caught.value.mismatched)
+    assert any("in no rank's optimizer" in line for line in caught.value.unexpected)
     with Checkpointer(tmp_path) as checkpointer:
         empty.sampler = None
         checkpointer.save(empty, epoch=0, step=STEPS, batch_size=BATCH)
@@ -288,6 +288,20 @@ def test_a_sampler_that_orders_the_samples_otherwise(saved: Path, monkeypatch: p
     monkeypatch.setattr(StatefulDistributedSampler, "_order", lambda self, *_: torch.arange(self.num_samples))
     (difference,) = refused(saved, made())
     assert difference.startswith("data/next.json: 256 samples were to come next and 256 do; from number 0 on")
+
+
+def test_a_sampler_that_drops_others_since_its_batches_are_larger(tmp_path: Path) -> None:
+    state = made()
+    state.sampler = StatefulDistributedSampler(range(NUM_SAMPLES), num_replicas=1, rank=0, drop_last=True)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, epoch=0, step=0, batch_size=1)
+    other = made()
+    other.sampler = StatefulDistributedSampler(range(NUM_SAMPLES), num_replicas=7, rank=0, drop_last=True)
+    (difference,) = refused(tmp_path, other)
+    assert "make the sampler with the batch_size that the run was saved with" in difference
+    kept = made()
+    kept.sampler = StatefulDistributedSampler(range(NUM_SAMPLES), num_replicas=1, rank=0, drop_last=True)
+    resume(tmp_path, kept)
 
 
 @pytest.mark.parametrize(

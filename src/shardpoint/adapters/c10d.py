@@ -17,7 +17,6 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -41,7 +40,6 @@ _POLL_MAX_S = 0.1
 _POLL_SHARE = 0.05  # asking costs at most this share of the time waited
 _LINGER_S = 5.0
 
-_instances: Counter[str] = Counter()
 _opened: list[tuple[weakref.ref[dist.ProcessGroup], C10dComm]] = []  # weak: a group that is gone must free its store
 _opened_lock = threading.Lock()
 
@@ -56,9 +54,10 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
 class C10dComm(RoundComm):
     """Agree with the ranks of a torch process group; see `Comm` for what a round is.
 
-    The keys stand in the group's store under `shardpoint/<n>/`, where `<n>` counts the comms that this process has made
-    for groups of this name: construction is collective, so the ranks count alike. A round's keys are deleted once every
-    rank has read them.
+    The keys stand in the group's store under `shardpoint/<n>/`, where `<n>` counts the comms that this rank has made
+    over that store: construction is collective, so the ranks count alike. The store itself keeps the count, not the
+    process: a default group that is destroyed and made again with other members has the same name, and members that
+    have made more comms before than the others. A round's keys are deleted once every rank has read them.
 
     Args:
         group: a process group that this process belongs to; None is the default group. `rank` and `world_size` are the
@@ -103,8 +102,6 @@ class C10dComm(RoundComm):
             fanout=fanout,
         )
         name = group.group_name
-        self._prefix = f"shardpoint/{_instances[name]}"
-        _instances[name] += 1
         self._closed = False
         self._has_left = False
         self._process_id = os.getpid()
@@ -116,7 +113,7 @@ class C10dComm(RoundComm):
         if self.world_size > 1:
             store = group.get_group_store()
             self._line = Line(
-                lambda: _connect(store, self._prefix, silence_s),
+                lambda: _connect(store, self.rank, silence_s),
                 self._send_beat,
                 heartbeat_s=heartbeat_s,
                 silence_s=silence_s,
@@ -146,7 +143,7 @@ class C10dComm(RoundComm):
     def close(self) -> None:
         """Leave the group (see `Comm.close`).
 
-        The last rank to close removes all keys that the comm still has in the store.
+        The last rank to close removes all keys that the comm still has in the store; the ranks' counts of comms stay.
         """
         if self._closed or os.getpid() != self._process_id:
             return
@@ -370,8 +367,11 @@ def _is_alive(group: dist.ProcessGroup) -> bool:
     return True
 
 
-def _connect(store: Any, prefix: str, timeout_s: float) -> StoreClient:
-    client = dist.PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]  # torch exports it, but not in words
+def _connect(store: Any, rank: int, timeout_s: float) -> StoreClient:
+    line = store.clone()
+    line.set_timeout(timedelta(seconds=timeout_s))
+    number = line.add(f"shardpoint/opened/{rank}", 1)
+    client = dist.PrefixStore(f"shardpoint/{number}", line)  # type: ignore[attr-defined]  # torch exports it, but not in words
     client.set_timeout(timedelta(seconds=timeout_s))
     return cast("StoreClient", client)
 

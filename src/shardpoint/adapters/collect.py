@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from shardpoint.adapters import hugging_face, lora
+from shardpoint.adapters.grad_scaler import GRAD_SCALER_NAME, scaler_document
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
@@ -112,10 +113,13 @@ class Collected:
         problems: for a load, what does not fit on this rank.
         missing: for a load, what this rank has beside its tensors and the checkpoint lacks.
         unexpected: for a load, what the checkpoint has beside tensors and this rank lacks.
+        missing_of: for a load, (FQN, line) of what the checkpoint lacks for one parameter or module.
+        unexpected_of: for a load, (FQN, line) of what it has for one that this rank lacks.
         checks: for a load, tell how what was put in place differs from the checkpoint, one line each.
         known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
         frozen: for a save, the parts of which nothing is expected to change.
+        still: those of them that nobody called frozen: the base under adapters, where nothing of it is trained.
     """
 
     rank: int
@@ -129,10 +133,13 @@ class Collected:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    missing_of: list[tuple[str, str]] = field(default_factory=list)
+    unexpected_of: list[tuple[str, str]] = field(default_factory=list)
     checks: list[Callable[[], Iterable[str]]] = field(default_factory=list)
     known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    still: set[str] = field(default_factory=set)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
@@ -244,10 +251,12 @@ class Collected:
         manifest: Manifest,
         *,
         fresh: bool = False,
+        may_miss: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """Add an optimizer that is to be filled with what a checkpoint has (`fresh` as `target_optimizer` has it)."""
+        """Add an optimizer that is to be filled with what a checkpoint has (the rest as `target_optimizer` has it)."""
         stored = (entry for entry in manifest.tensors if entry.part == part)
-        target = target_optimizer(optimizer, named, part, document, stored, fresh=fresh)
+        target = target_optimizer(optimizer, named, part, document, stored, fresh=fresh, may_miss=may_miss)
+        self.missing_of += target.missing
         self._members += [(part, name) for members in target.groups for name, _ in members]
         self.optimizers.append(target)
         self.problems += target.problems
@@ -305,22 +314,32 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
             collected.add_model_documents(named, modeling, adapters, state.tokenizer)
         if state.optimizer is not None:
             collected.add_optimizer(state.optimizer, named, join(role, "optimizer"))
+            if lora.has_still_base(named):
+                collected.still.add(modeling)
+                collected.frozen.add(modeling)
         if state.lr_scheduler is not None:
             path = join(role, "lr_scheduler.json")
             collected.documents[path] = scheduler_document(state.lr_scheduler, path)
-        if state.sampler is not None:
-            path = rank_document(join(role, "data"), rank)
-            collected.rank_documents[path] = sampler_document(state.sampler, path)
-        for extra, value in state.extras.items():
-            path = rank_document(join(role, "extras", extra), rank)
-            if isinstance(value, dict):
-                collected.rank_documents[path] = encode_document(plain_values(value, path))
-            else:
-                collected.rank_documents[path] = sampler_document(value, path)
+        if state.grad_scaler is not None:
+            path = join(role, GRAD_SCALER_NAME)
+            collected.documents[path] = scaler_document(state.grad_scaler, path)
+        collected.rank_documents |= _rank_documents(role, state, rank)
         if state.frozen:
             parts = (part for part in collected.naming if part == modeling or part.startswith(f"{adapters}/"))
             collected.frozen.update(parts)
     return collected
+
+
+def _rank_documents(role: str, state: TrainState, rank: int) -> dict[str, bytes]:
+    documents: dict[str, bytes] = {}
+    if state.sampler is not None:
+        path = rank_document(join(role, "data"), rank)
+        documents[path] = sampler_document(state.sampler, path)
+    for extra, value in state.extras.items():
+        path = rank_document(join(role, "extras", extra), rank)
+        is_plain = isinstance(value, dict)
+        documents[path] = encode_document(plain_values(value, path)) if is_plain else sampler_document(value, path)
+    return documents
 
 
 def sampler_document(sampler: Any, path: str) -> bytes:
@@ -384,12 +403,13 @@ class ExtraStates:
     """What modules keep outside their tensors, as a checkpoint has it.
 
     Attributes:
-        missing: modules of the target that the checkpoint has none for.
-        unexpected: modules that the checkpoint has some for and that are not in the target.
+        missing: (name, line) of modules of the target that the checkpoint has none for; the name as torch's state dict
+            has it, `<module>._extra_state`.
+        unexpected: the same of modules that the checkpoint has some for and that are not in the target.
     """
 
-    missing: list[str]
-    unexpected: list[str]
+    missing: list[tuple[str, str]]
+    unexpected: list[tuple[str, str]]
     _named: NamedModule
     _values: dict[str, Any]
 
@@ -416,6 +436,10 @@ def match_extra_states(named: NamedModule, data: bytes | None, part: str) -> Ext
         raise ManifestError(
             f"{join(part, EXTRA_STATE_NAME)} is not a table of modules", key=join(part, EXTRA_STATE_NAME)
         )
-    missing = [f"{part}: extra state of {name}" for name in named.extra_states if name not in values]
-    unexpected = [f"{part}: extra state of {name}" for name in values if name not in named.extra_states]
+
+    def told(names: Iterable[str]) -> list[tuple[str, str]]:
+        return [(f"{name}._extra_state", f"{part}: extra state of {name}") for name in names]
+
+    missing = told(name for name in named.extra_states if name not in values)
+    unexpected = told(name for name in values if name not in named.extra_states)
     return ExtraStates(missing, unexpected, named, values)

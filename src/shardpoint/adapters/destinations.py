@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from shardpoint.adapters.tensors import LocalBytes, flat_bytes, local_tensor
+from shardpoint.adapters.tensors import LocalBytes, flat_bytes, local_tensor, torch_dtype
 from shardpoint.storage import is_fresh, populate
 
 # For smaller tensors the allocator mostly hands out memory that was touched before.
@@ -78,6 +78,39 @@ class Copied:
                 self._memory = None
 
 
+class Converted:
+    """A tensor of another dtype than the stored one: the stored bytes are filled in whole, then converted into it.
+
+    Args:
+        local: this rank's part.
+        stored: the dtype of the bytes.
+    """
+
+    def __init__(self, local: torch.Tensor, stored: torch.dtype) -> None:
+        self._local = local
+        self._stored = stored
+        self._staged: torch.Tensor | None = None
+        self._missing_bytes = local.numel() * stored.itemsize
+        self._mutex = threading.Lock()
+
+    def open(self, start: int, stop: int) -> memoryview:
+        """Return memory for bytes `start` to `stop`; the first call makes the copy."""
+        with self._mutex:
+            if self._staged is None:
+                self._staged = torch.empty(self._local.shape, dtype=self._stored)
+            view: memoryview = flat_bytes(self._staged).numpy()[start:stop].data
+            return view
+
+    def close(self, start: int, stop: int, filled: memoryview) -> None:
+        """Count bytes as filled; the last ones convert the copy into the tensor and free it."""
+        del filled
+        with self._mutex, torch.no_grad():
+            self._missing_bytes -= stop - start
+            if self._missing_bytes == 0 and self._staged is not None:
+                self._local.copy_(self._staged)
+                self._staged = None
+
+
 class CudaPieces:
     """A contiguous CUDA tensor, filled piece by piece through page-locked memory.
 
@@ -108,7 +141,7 @@ class CudaPieces:
         self._stream.synchronize()
 
 
-Destination = InPlace | Copied | CudaPieces
+Destination = InPlace | Copied | Converted | CudaPieces
 
 
 class Destinations:
@@ -117,13 +150,16 @@ class Destinations:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def of(self, tensor: torch.Tensor) -> Destination:
+    def of(self, tensor: torch.Tensor, stored_dtype: str | None = None) -> Destination:
         """Return where a live tensor's bytes go.
 
         Args:
             tensor: plain or DTensor; of a DTensor, this rank's part is meant.
+            stored_dtype: what the bytes are, where that may be another dtype than the tensor's.
         """
         local = local_tensor(tensor)
+        if stored_dtype is not None and torch_dtype(stored_dtype) is not local.dtype:
+            return Converted(local, torch_dtype(stored_dtype))
         if not local.is_contiguous() or local.is_conj() or local.is_neg():
             return Copied(tensor)
         if local.device.type == "cpu":

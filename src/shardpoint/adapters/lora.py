@@ -69,12 +69,24 @@ def places(named: NamedModule) -> dict[str, Place]:
 
     Raises:
         UsageError: a peft method whose parameters are outside the base model (prompt tuning), which has no plain
-            layout.
+            layout; or adapters that are merged into the base weights, where both together would count them twice.
     """
     if peft_root(named.root) is None:
         return {tensor.fqn: Place(None, tensor.fqn) for tensor in named.tensors}
     layers = _adapter_layers(named.root)
     return {tensor.fqn: _place(tensor.fqn, layers) for tensor in named.tensors}
+
+
+def has_still_base(named: NamedModule) -> bool:
+    """Tell whether a model has adapters, and nothing of the base model under them is trained or is a buffer.
+
+    An optimizer never steps a parameter that requires no gradient.
+    """
+    if not adapter_names(named.root):
+        return False
+    where = places(named)
+    base = [tensor for tensor in named.tensors if where[tensor.fqn].adapter is None]
+    return bool(base) and all(tensor.is_parameter and not tensor.tensor.requires_grad for tensor in base)
 
 
 def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
@@ -86,6 +98,12 @@ def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
     def walk(module: nn.Module, prefix: str) -> None:
         module, _ = unwrapped(module)
         if tuner is not None and isinstance(module, tuner):
+            if getattr(module, "merged", False):
+                text = (
+                    f"{prefix.removesuffix('.')} has its adapters merged into its base weight, and a resume would "
+                    "add them to it once more: call unmerge_adapter() before saving or loading"
+                )
+                raise UsageError(text)
             held = (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
             layers[prefix] = frozenset(held)
         elif wrapper is not None and isinstance(module, wrapper):

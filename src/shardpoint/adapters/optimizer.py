@@ -1,14 +1,14 @@
 """How an optimizer's state is read and put back, by parameter name, without stepping it and without casting it.
 
 State is read from `optimizer.state` by parameter identity. It is put back by assignment, since `load_state_dict` casts
-every tensor to the parameter's dtype (fp32 masters to bf16). Tensors of one and more dims are stored as tensors;
-numbers and 0-dim tensors (`step`) go into `param_groups.json`, exactly.
+every tensor to the parameter's dtype (fp32 masters to bf16). Tensors of one and more dims are stored as tensors, those
+inside of dicts and lists too; numbers and 0-dim tensors (`step`) go into `param_groups.json`, exactly.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardpoint.adapters.names import NamedModule
+from shardpoint.adapters.nesting import SCALARS, is_nested, is_stored_apart, leaves, paths, put_together, take_apart
 from shardpoint.adapters.tensors import (
     dtype_name,
     from_raw,
@@ -32,7 +33,8 @@ from shardpoint.layout import Mesh
 from shardpoint.manifest import RawTensor, TensorEntry
 
 _NOT_OPTIONS = frozenset({"params", "param_names"})
-_SCALARS = (bool, int, float, str, type(None))
+# How torch carries a step out, not what it computes: that belongs to the layout and device at hand, not to the run.
+HOW_TO_STEP = frozenset({"foreach", "fused"})
 
 # Optimizers whose state is not there: True while it is still coming in, False once that has failed.
 _incomplete: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -44,7 +46,7 @@ class StateTensor:
 
     Attributes:
         fqn: the parameter's name.
-        state: the state's name.
+        state: the state's name; of a tensor in a nest of dicts and lists, its path.
         tensor: the live tensor; a DTensor where the parameter is one.
         mesh: for a plain tensor, the ranks that hold it alike (DDP), or None.
     """
@@ -140,6 +142,7 @@ def read_optimizer(optimizer: Optimizer, named: NamedModule, part: str) -> tuple
     meshes = {named_tensor.fqn: named_tensor.mesh for named_tensor in named.tensors}
     tensors: list[StateTensor] = []
     scalars: dict[str, dict[str, Any]] = {}
+    nested: dict[str, dict[Any, list[Any]]] = {}
     described: list[dict[str, Any]] = []
     for group, members in zip(optimizer.param_groups, groups, strict=True):
         place = f"{part}: param group {len(described)}"
@@ -148,23 +151,33 @@ def read_optimizer(optimizer: Optimizer, named: NamedModule, part: str) -> tuple
         for name, parameter in members:
             for state, value in optimizer.state.get(parameter, {}).items():
                 label = f"{part}: state {state!r} of {name}"
-                # Only a tensor in a file gets its mesh back, so a 0-dim DTensor (of a 0-dim parameter) goes there too.
-                if isinstance(value, DTensor) or (isinstance(value, torch.Tensor) and value.dim() > 0):
-                    tensors.append(StateTensor(name, state, _spread_like(value, parameter, label), meshes[name]))
+                apart: dict[str, torch.Tensor] = {}
+                if is_nested(state, value):
+                    nested.setdefault(name, {})[state] = take_apart(state, value, label, _scalar, apart)
+                elif is_stored_apart(value):
+                    apart[state] = value
                 else:
                     scalars.setdefault(name, {})[state] = _scalar(value, label)
+                for path, tensor in apart.items():
+                    place = label if path == state else f"{label} at {path}"
+                    tensors.append(StateTensor(name, path, _spread_like(tensor, parameter, place), meshes[name]))
     document = {"class": type(optimizer).__qualname__, "groups": described, "states": scalars}
+    if nested:
+        document["nested"] = nested
     return document, tensors
 
 
 def _scalar(value: Any, label: str) -> Any:
     if isinstance(value, torch.Tensor):
         return raw_tensor(value, label)
-    if type(value) in (list, tuple) and all(type(item) in _SCALARS for item in value):
+    if type(value) in (list, tuple) and all(type(item) in SCALARS for item in value):
         return value
-    if type(value) in _SCALARS:
+    if type(value) in SCALARS:
         return value
-    text = f"{label} is a {type(value).__name__}: only tensors, numbers, strings and flat lists of those can be stored"
+    text = (
+        f"{label} is a {type(value).__name__}: only tensors, numbers and strings can be stored, and dicts, lists and "
+        "tuples of those"
+    )
     raise UsageError(text)
 
 
@@ -203,7 +216,9 @@ class OptimizerTarget:
             those are filled in place.
         tensors: one for each stored tensor of a parameter that this rank has.
         problems: what does not fit, one line each.
-        group_of: for each live group, the stored one that its parameters are in.
+        group_of: for each live group, the stored one that its parameters are in; None keeps its options.
+        exempt: names that may have no place, or another one, in the checkpoint's groups.
+        missing: (FQN, line) of those that have, and of others that have none: whoever matches refuses those.
     """
 
     optimizer: Optimizer
@@ -212,7 +227,14 @@ class OptimizerTarget:
     groups: list[list[tuple[str, torch.Tensor]]]
     tensors: list[StateTensor] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    group_of: list[int] = field(default_factory=list)
+    group_of: list[int | None] = field(default_factory=list)
+    exempt: frozenset[str] = frozenset()
+    missing: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def unstored(self) -> frozenset[str]:
+        """The parameters that the checkpoint has no place for, and need not have."""
+        return self.exempt.difference(*(group["params"] for group in self.document["groups"]))
 
     def install(self) -> None:
         """Assign the options and the filled states; states that were not stored are removed."""
@@ -220,19 +242,25 @@ class OptimizerTarget:
         self.install_states()
 
     def install_options(self) -> None:
-        """Assign the options of the param groups."""
+        """Assign the options of the param groups, but for `foreach` and `fused` where the live group has its own."""
         for number, group in enumerate(self.optimizer.param_groups):
-            for key, value in self.document["groups"][self.group_of[number]]["options"].items():
-                group[key] = _like(group.get(key), value)
+            stored = self.group_of[number]
+            if stored is None:
+                continue
+            for key, value in self.document["groups"][stored]["options"].items():
+                if key not in HOW_TO_STEP or key not in group:
+                    group[key] = _like(group.get(key), value)
 
     def install_states(self) -> None:
         """Assign the filled states, once the options are; states that were not stored are removed."""
         scalars: Mapping[str, Mapping[str, Any]] = self.document["states"]
+        nested: Mapping[str, Mapping[Any, list[Any]]] = self.document.get("nested", {})
+        unstored = self.unstored
         filled: dict[str, dict[str, Any]] = {}
         parameters = {name: parameter for members in self.groups for name, parameter in members}
         for tensor in self.tensors:
             parameter = parameters[tensor.fqn]
-            live = self.optimizer.state.get(parameter, {}).get(tensor.state)
+            live = _live_states(self.optimizer, parameter).get(tensor.state)
             value = tensor.tensor
             # An optimizer that keeps plain tensors beside sharded parameters goes on with plain ones.
             if isinstance(live, torch.Tensor) and same_memory(live, value):
@@ -244,10 +272,17 @@ class OptimizerTarget:
             group = self.optimizer.param_groups[number]
             on_device = bool(group.get("capturable") or group.get("fused"))
             for name, parameter in members:
-                state = {
-                    key: _scalar_state(value, parameter, on_device=on_device or key != "step")
-                    for key, value in scalars.get(name, {}).items()
-                } | filled.get(name, {})
+
+                def placed(value: Any, key: object, parameter: torch.Tensor = parameter) -> Any:
+                    return _scalar_state(value, parameter, on_device=on_device or key != "step")  # noqa: B023
+
+                skeletons, tensors = nested.get(name, {}), filled.get(name, {})
+                within = {path for skeleton in skeletons.values() for path in paths(skeleton)}
+                state = {key: placed(value, key) for key, value in scalars.get(name, {}).items()}
+                state |= {path: tensor for path, tensor in tensors.items() if path not in within}
+                state |= {key: put_together(node, tensors, placed, key) for key, node in skeletons.items()}
+                if name in unstored:
+                    continue  # allowed to be missing: its state stays as it is
                 if state:
                     self.optimizer.state[parameter] = state
                 else:
@@ -293,6 +328,7 @@ def target_optimizer(
     stored: Iterable[TensorEntry],
     *,
     fresh: bool = False,
+    may_miss: Callable[[str], bool] = lambda _: False,
 ) -> OptimizerTarget:
     """Prepare an optimizer to be filled, without changing it.
 
@@ -302,6 +338,7 @@ def target_optimizer(
         part: the part of the checkpoint.
         document: its `param_groups.json`.
         stored: the part's tensors.
+        may_miss: tells whether a parameter of a name may have no place in the checkpoint's groups, or another one.
         fresh: fill new tensors even where the optimizer has fitting ones, so that it stays as it is until `install`.
 
     Raises:
@@ -311,6 +348,7 @@ def target_optimizer(
         text = f"{part}: the optimizer's state is still being restored: call `Checkpointer.optimizer_ready()` first"
         raise UsageError(text)
     target = OptimizerTarget(optimizer, part, document, named_groups(optimizer, named, part))
+    target.exempt = frozenset(name for members in target.groups for name, _ in members if may_miss(name))
     stored_class = str(document.get("class", "")).rpartition(".")[2]
     if stored_class != type(optimizer).__name__:
         text = (
@@ -320,6 +358,8 @@ def target_optimizer(
     _match_groups(target)
     meshes = {named_tensor.fqn: named_tensor.mesh for named_tensor in named.tensors}
     parameters = {name: parameter for members in target.groups for name, parameter in members}
+    stored = list(stored)
+    target.problems += _lacking_tensors(document, part, {(entry.fqn, entry.state) for entry in stored})
     for entry in stored:
         parameter = parameters.get(entry.fqn)
         if parameter is None or entry.state is None:
@@ -335,10 +375,25 @@ def target_optimizer(
     return target
 
 
+def _lacking_tensors(
+    document: Mapping[str, Any], part: str, known: Collection[tuple[str, str | None]]
+) -> Iterator[str]:
+    """Yield which tensors the skeletons of nested states name and the checkpoint does not have."""
+    for name, skeletons in document.get("nested", {}).items():
+        for path in (path for skeleton in skeletons.values() for path in paths(skeleton)):
+            if (name, path) not in known:
+                yield f"{part}: {name} [{path}]: named by the param groups, and no tensor of the checkpoint"
+
+
+def _live_states(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str | None, Any]:
+    """Return a parameter's states as they are now, nested ones by their paths."""
+    return dict(leaves(optimizer.state.get(parameter, {})))
+
+
 def _destination(
     optimizer: Optimizer, parameter: torch.Tensor, entry: TensorEntry, *, fresh: bool
 ) -> torch.Tensor | None:
-    live = optimizer.state.get(parameter, {}).get(entry.state)
+    live = _live_states(optimizer, parameter).get(entry.state)
     fits = (
         isinstance(live, torch.Tensor)
         and tuple(live.shape) == entry.shape
@@ -374,10 +429,15 @@ def _match_groups(target: OptimizerTarget) -> None:
     place = {name: number for number, names in enumerate(stored) for name in names}
     for number, members in enumerate(target.groups):
         names = [name for name, _ in members]
-        found = {place[name] for name in names if name in place}
-        for name in names:
-            if name not in place:
-                target.problems.append(f"{target.part}: {name} is in the optimizer, but in no group of the checkpoint")
+        found = {place[name] for name in names if name in place and name not in target.exempt}
+        if names and not found and target.exempt.issuperset(names):
+            # A group of nothing but exempt ones is the stored one if they were one; else its options stay.
+            found = {place[name] for name in names if name in place}
+            found = found if len(found) == 1 and not found & set(target.group_of) else set()
+            target.group_of.append(min(found, default=None))
+            target.missing += _elsewhere(target, number, names, place)
+            continue
+        target.missing += _elsewhere(target, number, names, place, min(found, default=None))
         if len(found) > 1:
             target.problems.append(
                 f"{target.part}: param group {number} joins parameters of the stored groups {sorted(found)}: build the "
@@ -388,17 +448,33 @@ def _match_groups(target: OptimizerTarget) -> None:
         if not found and not names:
             target.problems.append(f"{target.part}: param group {number} is empty and was not stored")
         target.group_of.append(min(found, default=0))
-    split = [number for number in sorted(set(target.group_of)) if target.group_of.count(number) > 1]
+    split = [
+        number for number in sorted({n for n in target.group_of if n is not None}) if target.group_of.count(number) > 1
+    ]
     target.problems += [
         f"{target.part}: the parameters of stored group {number} are in several groups now" for number in split
     ]
 
 
-def unplaced_members(document: Mapping[str, Any], part: str, members: frozenset[tuple[str, str]]) -> Iterator[str]:
-    """Yield what the checkpoint's groups have and no rank's optimizer has."""
-    if not any(group["params"] for group in document["groups"]):
-        yield f"{part}: the optimizer was saved without a parameter in any group: it never trained anything"
-    for group in document["groups"]:
-        for name in group["params"]:
-            if (part, name) not in members:
-                yield f"{part}: {name} is in a param group of the checkpoint, but in no rank's optimizer"
+def _elsewhere(
+    target: OptimizerTarget, number: int, names: Iterable[str], place: Mapping[str, int], of_group: int | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield the parameters of a group that the checkpoint has in none, and the exempt ones that it has in another."""
+    if of_group is None:
+        of_group = target.group_of[number] if number < len(target.group_of) else None
+    for name in names:
+        if name not in place:
+            yield name, f"{target.part}: {name} is in the optimizer, but in no group of the checkpoint"
+        elif name in target.exempt and place[name] != of_group:
+            yield name, f"{target.part}: {name} is in param group {number}, and was in the stored group {place[name]}"
+
+
+def unplaced_members(
+    document: Mapping[str, Any], part: str, members: frozenset[tuple[str, str]]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return what is wrong with the checkpoint's groups, and (FQN, line) of what no rank's optimizer has of them."""
+    names = [name for group in document["groups"] for name in group["params"]]
+    never = f"{part}: the optimizer was saved without a parameter in any group: it never trained anything"
+    line = "is in a param group of the checkpoint, but in no rank's optimizer"
+    unplaced = [(name, f"{part}: {name} {line}") for name in names if (part, name) not in members]
+    return ([] if names else [never]), unplaced

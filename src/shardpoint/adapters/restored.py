@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from shardpoint.adapters.collect import scheduler_document
-from shardpoint.adapters.optimizer import OptimizerTarget, same_memory
+from shardpoint.adapters.nesting import leaves, put_together
+from shardpoint.adapters.optimizer import HOW_TO_STEP, OptimizerTarget, same_memory
 from shardpoint.adapters.state import RunState
 from shardpoint.adapters.tensors import from_raw, plain_values, raw_tensor
 from shardpoint.errors import ManifestError
@@ -24,7 +25,11 @@ NUM_NEXT_SAMPLES = 256
 def option_differences(target: OptimizerTarget) -> Iterator[str]:
     """Yield which options of an optimizer's param groups are not those that were saved."""
     for number, group in enumerate(target.optimizer.param_groups):
-        for key, stored in target.document["groups"][target.group_of[number]]["options"].items():
+        of_group = target.group_of[number]
+        options = {} if of_group is None else target.document["groups"][of_group]["options"]
+        for key, stored in options.items():
+            if key in group and key in HOW_TO_STEP:
+                continue
             if key not in group or not _same_value(group[key], stored):
                 live = group.get(key, "nothing")
                 yield f"{target.part}: {key} of param group {number} was {_shown(stored)} and is {_shown(live)}"
@@ -33,21 +38,25 @@ def option_differences(target: OptimizerTarget) -> Iterator[str]:
 def state_differences(target: OptimizerTarget) -> Iterator[str]:
     """Yield which states of an optimizer's parameters are not those that were saved and verified."""
     scalars: Mapping[str, Mapping[str, Any]] = target.document["states"]
+    nested: Mapping[str, Mapping[Any, list[Any]]] = target.document.get("nested", {})
     verified: dict[str, dict[str, torch.Tensor]] = {}
     for tensor in target.tensors:
         verified.setdefault(tensor.fqn, {})[tensor.state] = tensor.tensor
     for name, parameter in (member for members in target.groups for member in members):
-        live = target.optimizer.state.get(parameter, {})
-        small, large = scalars.get(name, {}), verified.get(name, {})
-        wanted = small.keys() | large.keys()
-        if live.keys() != wanted:
-            yield f"{target.part}: {name} had the states {sorted(wanted)} and has {sorted(live)}"
+        if name in target.unstored:
             continue
-        for key, stored in small.items():
-            if not _same_value(live[key], stored):
-                yield f"{target.part}: {key} of {name} was {_shown(stored)} and is {_shown(live[key])}"
-        for key, filled in large.items():
-            if not isinstance(live[key], torch.Tensor) or not same_memory(live[key], filled):
+        live = dict(leaves(target.optimizer.state.get(parameter, {})))
+        large, skeletons = verified.get(name, {}), nested.get(name, {})
+        whole = {key: put_together(node, large, lambda value, _: value, key) for key, node in skeletons.items()}
+        stored_states = large | dict(leaves({**scalars.get(name, {}), **whole}))
+        if live.keys() != stored_states.keys():
+            yield f"{target.part}: {name} had the states {sorted(stored_states)} and has {sorted(live)}"
+            continue
+        for key, stored in stored_states.items():
+            if not isinstance(stored, torch.Tensor):
+                if not _same_value(live[key], stored):
+                    yield f"{target.part}: {key} of {name} was {_shown(stored)} and is {_shown(live[key])}"
+            elif not isinstance(live[key], torch.Tensor) or not same_memory(live[key], stored):
                 yield f"{target.part}: {key} of {name} is not the tensor that was verified"
 
 
@@ -92,8 +101,17 @@ def next_samples_differences(sampler: Any, data: bytes, path: str) -> Iterator[s
         )
         yield (
             f"{path}: {len(stored)} samples were to come next and {len(live)} do; from number {place} on they were "
-            f"{stored[place : place + 4]} and are {live[place : place + 4]}"
+            f"{stored[place : place + 4]} and are {live[place : place + 4]}{_why_others_are_dropped(sampler)}"
         )
+
+
+def _why_others_are_dropped(sampler: Any) -> str:
+    if not getattr(sampler, "drop_last", False):
+        return ""
+    return (
+        "; with drop_last and another batch_size than before (by default it follows the number of ranks), other "
+        "samples are left out at the end of an epoch: make the sampler with the batch_size that the run was saved with"
+    )
 
 
 def position_problem(sampler_state: Any, run: RunState) -> str | None:

@@ -78,12 +78,21 @@ class Snapshot:
         stepped: role -> ids of the tensors that a step of its optimizer changes.
         samples: role -> a few bytes of what is staged later.
         probes: role -> step counters on the host, with their values.
+        still: a few bytes of what is not trained (the base under adapters), which is read when its turn comes.
+        small_still: tensors of that which are too small to be sampled, with copies of their bytes.
     """
 
     held: dict[Name, Held]
     stepped: Mapping[str, Mapping[int, str]]
     samples: dict[str, list[_Samples]] = field(default_factory=dict)
     probes: dict[str, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
+    still: list[_Samples] = field(default_factory=list)
+    small_still: list[tuple[Name, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def has_still(self) -> bool:
+        """Whether something is read when its turn comes that nobody called frozen."""
+        return bool(self.still or self.small_still)
 
     def roles_of(self, optimizer: Optimizer) -> list[str]:
         """Return the roles that a step of this optimizer changes."""
@@ -113,6 +122,23 @@ class Snapshot:
         )
         raise TornSnapshotError(text)
 
+    def check_still(self) -> None:
+        """Compare what is not trained with what it was when the save was asked for; it has all been read now.
+
+        Raises:
+            TornSnapshotError: something changed meanwhile.
+        """
+        with torch.no_grad():
+            changed = [name for samples in self.still for name in samples.changed()]
+            changed += [name for name, live, copy in self.small_still if not torch.equal(_bytes_of(live), copy)]
+        if changed:
+            text = (
+                f"{len(changed)} weights that are not trained changed before they were saved (first {changed[0][0]}: "
+                f"{changed[0][1]}): the snapshot is torn, nothing was committed. Before an adapter is merged, or base "
+                "weights are changed in another way, call `pending.staged()`"
+            )
+            raise TornSnapshotError(text)
+
 
 def role_of(part: str, roles: Iterable[str]) -> str:
     """Return the role that a part of a checkpoint belongs to."""
@@ -134,10 +160,29 @@ def take_snapshot(collected: Collected, roles: Mapping[str, TrainState], arena: 
     snapshot = Snapshot(dict(collected.held), collected.stepped)
     with torch.no_grad():
         later = _copy_now(snapshot, collected, arena)
-        _sample(snapshot, later, roles)
+        for role, samples in _samples(later, roles):
+            snapshot.samples.setdefault(role, []).append(samples)
+        still = [(name, held.local) for name, held in collected.held.items() if name[0] in collected.still]
+        large = [item for item in still if _can_be_sampled(item[1])]
+        snapshot.still = [samples for _, samples in _samples(large, roles)]
+        snapshot.small_still = [
+            (name, local, _bytes_of(local).clone()) for name, local in still if not _can_be_sampled(local)
+        ]
     for role, state in roles.items():
         snapshot.probes[role] = list(_probes(state.optimizer))
     return snapshot
+
+
+def _can_be_sampled(local: torch.Tensor) -> bool:
+    return local.numel() * local.element_size() > SMALL_BYTES and _is_plain(local)
+
+
+def _is_plain(local: torch.Tensor) -> bool:
+    return local.is_contiguous() and not local.is_conj() and not local.is_neg()
+
+
+def _bytes_of(local: torch.Tensor) -> torch.Tensor:
+    return flat_bytes(local if _is_plain(local) else local.resolve_conj().resolve_neg().contiguous())
 
 
 def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tuple[Name, torch.Tensor]]:
@@ -148,13 +193,10 @@ def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tu
         if name[0] in collected.frozen:  # read from the live tensors when its turn comes
             continue
         local = held.local
-        num_bytes = local.numel() * local.element_size()
-        is_plain = local.is_contiguous() and not local.is_conj() and not local.is_neg()
-        if held.is_stable and is_plain and num_bytes > SMALL_BYTES:
+        if held.is_stable and _can_be_sampled(local):
             later.append((name, local))
             continue
-        plain = local if is_plain else local.resolve_conj().resolve_neg().contiguous()
-        now.append((name, held, flat_bytes(plain)))
+        now.append((name, held, _bytes_of(local)))
     rooms = arena.rooms(source.numel() for _, _, source in now)
     if rooms:
         torch._foreach_copy_(rooms, [source for _, _, source in now])
@@ -163,7 +205,8 @@ def _copy_now(snapshot: Snapshot, collected: Collected, arena: Arena) -> list[tu
     return later
 
 
-def _sample(snapshot: Snapshot, later: list[tuple[Name, torch.Tensor]], roles: Mapping[str, TrainState]) -> None:
+def _samples(later: list[tuple[Name, torch.Tensor]], roles: Mapping[str, TrainState]) -> Iterator[tuple[str, _Samples]]:
+    """Yield roles with a few bytes of their tensors, which are plain and larger than 64 KiB."""
     by_place: dict[tuple[str, torch.device], list[tuple[Name, torch.Tensor]]] = {}
     for name, local in later:
         by_place.setdefault((role_of(name[0], roles), local.device), []).append((name, local))
@@ -171,8 +214,7 @@ def _sample(snapshot: Snapshot, later: list[tuple[Name, torch.Tensor]], roles: M
         views = [_spread(flat_bytes(local)) for _, local in members]
         before = torch.empty((len(views), NUM_SAMPLES, SAMPLE_BYTES), dtype=torch.uint8, device=device)
         torch._foreach_copy_(list(before.unbind()), views)
-        samples = _Samples([name for name, _ in members], views, before, torch.empty_like(before))
-        snapshot.samples.setdefault(role, []).append(samples)
+        yield role, _Samples([name for name, _ in members], views, before, torch.empty_like(before))
 
 
 def _spread(flat: torch.Tensor) -> torch.Tensor:

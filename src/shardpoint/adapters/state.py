@@ -28,6 +28,8 @@ class TrainState:
         frozen: the model never changes (a reference or reward model). A save takes its checksums, and where they are
             those of the checkpoint before, links that one's files instead of writing them again. One that did change is
             written, and the listener is told.
+        grad_scaler: a `torch.amp.GradScaler`; its scale and its counter are saved and restored, and it is an error
+            where only the state or only the checkpoint has one.
         extras: name -> anything else of this role with `state_dict` and `load_state_dict`, or a plain dict, that a
             resume must bring back (an experience buffer, a KL coefficient); saved per rank, as a sampler is.
     """
@@ -38,6 +40,7 @@ class TrainState:
     sampler: Any = None
     tokenizer: Any = None
     frozen: bool = False
+    grad_scaler: Any = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -75,7 +78,7 @@ def _is_plain(name: object) -> bool:
 
 def _check_role(name: str, state: TrainState) -> None:
     what = f"role {name!r}" if name else "the state"
-    moving = [part for part in ("optimizer", "lr_scheduler") if getattr(state, part) is not None]
+    moving = [part for part in ("optimizer", "lr_scheduler", "grad_scaler") if getattr(state, part) is not None]
     if state.frozen and moving:
         text = f"{what} is frozen and has {' and '.join(moving)}: leave them out, or do not call it frozen"
         raise UsageError(text)
@@ -99,8 +102,14 @@ class RunState:
         epoch: the epoch that it was in.
         step: steps done.
         sample_start_index: `step * batch_size`, the samples already consumed.
+        missing: what the checkpoint lacked and `allow_missing` allowed: left as it was, one line each.
+        unexpected: what it had and `allow_unexpected` allowed to leave.
+        cast: weights that `allow_cast` converted, each with the stored dtype and its own.
     """
 
     epoch: int
     step: int
     sample_start_index: int
+    missing: tuple[str, ...] = field(default=(), repr=False)
+    unexpected: tuple[str, ...] = field(default=(), repr=False)
+    cast: tuple[str, ...] = field(default=(), repr=False)

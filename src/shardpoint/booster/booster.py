@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from shardpoint import engine
 from shardpoint.adapters import c10d
-from shardpoint.booster import lora, plugins, precision, repoint
+from shardpoint.booster import clipping, lora, placing, precision, repoint
+from shardpoint.booster.plugin import Plugin
 from shardpoint.data import with_own_generator
 from shardpoint.errors import UsageError
 
@@ -54,9 +55,9 @@ class Booster:
         self,
         device: str | torch.device | None = None,
         mixed_precision: str | None = None,
-        plugin: plugins.Plugin | None = None,
+        plugin: Plugin | None = None,
     ) -> None:
-        if plugin is not None and not isinstance(plugin, plugins.Plugin):
+        if plugin is not None and not isinstance(plugin, Plugin):
             raise UsageError(f"plugin is a {type(plugin).__name__}, not one of shardpoint.booster's plugins")
         precision.check_mixed_precision(mixed_precision)
         if mixed_precision is not None and plugin is not None and plugin.controls_precision:
@@ -103,7 +104,7 @@ class Booster:
         if self.plugin is not None:
             model = self.plugin.configure(model, optimizer, device=self.device)
         elif self.device is not None:
-            plugins.move(model, optimizer, torch.device(self.device))
+            placing.move(model, optimizer, torch.device(self.device))
         elif optimizer is not None:
             repoint.optimized_names(model, optimizer)
         if self.mixed_precision == "bf16":
@@ -145,6 +146,32 @@ class Booster:
         """
         self.model_of(optimizer)
         loss.backward()
+
+    def clip_grad_norm_(self, target: nn.Module | Optimizer, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale gradients so that their common norm is at most `max_norm`, whatever they are spread over.
+
+        torch's function of this name raises on models that tensor parallelism cuts. Call it between the backward that
+        synchronises gradients and the step; plugins with `max_norm` do so by themselves.
+
+        Args:
+            target: whose gradients: a boosted model's, or those that an optimizer steps.
+            max_norm: the greatest norm.
+            norm_type: p of the norm.
+
+        Returns:
+            The norm before clipping, a 0-dim tensor.
+
+        Raises:
+            UsageError: `max_norm` or `norm_type` is not positive, or gradients are not reduced yet.
+
+        Collective:
+            Every rank, where the model is sharded or cut.
+        """
+        if isinstance(target, Optimizer):
+            parameters = [parameter for group in target.param_groups for parameter in group["params"]]
+        else:
+            parameters = list(target.parameters())
+        return clipping.clip_grad_norm_(parameters, max_norm, norm_type)
 
     def no_sync(
         self, model: nn.Module | None = None, optimizer: Optimizer | None = None

@@ -94,6 +94,19 @@ def check_unused(model: nn.Module) -> None:
             raise UsageError(f"{name} has hooks, which sharding would drop: register them after boost()")
 
 
+def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return, by parameter name, what stands on the Parameter objects themselves."""
+    return {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+
+
+def keep_attributes(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
+    """Set on the model's present parameters what stood on those that they replace."""
+    for name, parameter in model.named_parameters():
+        for key, value in before[name].items():
+            if not hasattr(parameter, key):
+                setattr(parameter, key, value)
+
+
 def repoint(model: nn.Module, optimizer: Optimizer, names: GroupNames) -> None:
     """Give the optimizer the model's present parameters under the same names, and take its state along.
 

@@ -1,6 +1,7 @@
 """The order of work of a save and of a load. Import what it offers from here."""
 
 from shardpoint.engine.background import BackgroundSaver
+from shardpoint.engine.carried import stored_run
 from shardpoint.engine.colossal import is_colossal_layout, native_source, open_colossal
 from shardpoint.engine.foreign import load_foreign, save_foreign, verify_share
 from shardpoint.engine.inspection import Checkpoint, ReadResult, TensorInfo, open_checkpoint
@@ -33,7 +34,6 @@ from shardpoint.engine.training import (
     refused_request,
     run_state,
     running_states,
-    stored_run,
     training_request,
     training_target,
 )

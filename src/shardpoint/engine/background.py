@@ -78,6 +78,8 @@ class _Job:
         with self.changed:
             self.is_staged = True
             self.changed.notify_all()
+        if self.snapshot is not None and self.snapshot.has_still:
+            return  # steps may go on; what else changes weights waits until the still ones have been read, at the end
         landings = list(self.landings.values())
 
         def wait() -> None:
@@ -307,7 +309,8 @@ class BackgroundSaver:
                 # Staging has the cores' and the memory's time first: it is what a step may have to wait for.
                 self._pool.wait_until(job.has_ended_staging)
                 opened = job.attempt.open(self._write_comm, job.agreed)
-                result = job.attempt.commit(self._write_comm, job.agreed, opened, self._chunks(job))
+                still = None if job.snapshot is None else job.snapshot.check_still
+                result = job.attempt.commit(self._write_comm, job.agreed, opened, self._chunks(job), check=still)
                 self._after_commit(self._write_comm)
             except BaseException as error:  # noqa: BLE001 - told by `result`
                 job.has_failed = True

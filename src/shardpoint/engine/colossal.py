@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.torch_files import Located, locate_tensors, read_values
 from shardpoint.checksum import crc64, to_hex
-from shardpoint.engine.colossal_states import OptimizerFiles, name_states, scheduler_file_document
+from shardpoint.engine.carried import RUNNING_STATES_NAME
+from shardpoint.engine.numbered import OptimizerFiles, name_states, scheduler_file_document
 from shardpoint.engine.source import Source, open_plain
-from shardpoint.engine.training import RUNNING_STATES_NAME
 from shardpoint.errors import ManifestError, MismatchError, NotFoundError, TruncatedError, UnsupportedFormatError
 from shardpoint.manifest import (
     FORMAT_MAJOR,
@@ -120,8 +120,8 @@ def locate_weights(source: Source) -> Weights:
         single = [name for name in _WEIGHTS if name in present]
         if not single:
             text = (
-                f"{source.manifest.name} holds another library's files, and no weights of ColossalAI: "
-                "load it with that library's Booster"
+                f"{source.manifest.name} holds another library's files, and none that ColossalAI names so in "
+                f"{MODELING}/: load it with that library's Booster"
             )
             raise UnsupportedFormatError(text)
         listed, names = single[:1], None
@@ -334,7 +334,9 @@ def _check_complete(
     lost = sorted(set(names) - set(found))
     stray = sorted(set(found) - set(names))
     if lost or stray:
-        text = f"the index of {_place(source, directory)} and its files differ: only in the index {lost[:5]}, in the "
+        text = (
+            f"the index of {_place(source, directory)} and its files differ: only in the index {lost[:5]}, only in the "
+        )
         raise TruncatedError(
             f"{text}files {stray[:5]}", key=directory, expected=str(len(names)), actual=str(len(found))
         )

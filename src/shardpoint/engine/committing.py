@@ -13,7 +13,7 @@ from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, publish, publish_file
 from shardpoint.engine.evidence import Evidence, merge_evidence
 from shardpoint.engine.opening import CoordinatorState, SaveRequest
-from shardpoint.errors import CommitUnknownError, DistributedError
+from shardpoint.errors import CommitUnknownError, DistributedError, TornSnapshotError
 from shardpoint.manifest import (
     FORMAT_MAJOR,
     FORMAT_MINOR,
@@ -96,6 +96,7 @@ def commit_votes(
 
     Raises:
         DistributedError: a byte was written by nobody, or twice; or ranks voted on another attempt.
+        TornSnapshotError: what does not train changed between its checksum and its writing.
         CommitUnknownError: the rename may have happened.
         CheckpointError: as `publish`.
     """
@@ -110,6 +111,10 @@ def commit_votes(
         index: crc for index, crc in coordinator.frozen_crcs.items() if layout.tensors[index].file in coordinator.linked
     }
     crcs = _whole_crcs(merged, written, known)
+    torn = [merged.entries[index].label for index, crc in coordinator.frozen_crcs.items() if crcs[index] != crc]
+    if torn:
+        text = f"{len(torn)} tensors that do not train changed while they were saved (first {torn[0]})"
+        raise TornSnapshotError(f"{text}: the snapshot is torn, nothing was committed")
     documents = coordinator.documents
     files, tensors = _entries(merged, layout, crcs, linked)
     files += [FileEntry(path, len(data), to_hex(crc64(data))) for path, data in documents.items()]

@@ -71,7 +71,7 @@ def find_linkable(
         for index in indices:
             wanted = combine(wanted, crcs[index], layout.tensors[index].num_bytes)
         if entry.size_bytes != planned.layout.num_bytes or entry.crc64nvme != to_hex(wanted):
-            what = f"{planned.path} was called frozen and is not what {last.name} has"
+            what = f"{planned.path} is of a model that does not train, and is not what {last.name} has"
             text = f"{what} ({_changed(last.manifest, table, indices, crcs)}): it is written again in {name}"
             listener(Event("frozen_changed", text, name, logging.WARNING))
         elif entry.linked < MAX_LINKED:

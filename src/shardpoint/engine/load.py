@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 import torch
@@ -30,9 +31,11 @@ from shardpoint.engine.structure import (
     merge_sent,
     settle,
 )
-from shardpoint.errors import CheckpointError, ChecksumError, DistributedError, NotFoundError
-from shardpoint.planning import PIECE_BYTES, Match, MergedTable, encode_table, match_target
+from shardpoint.errors import CheckpointError, ChecksumError, DistributedError, NotFoundError, UsageError
+from shardpoint.planning import PIECE_BYTES, Allowances, Match, MergedTable, encode_table, match_target
 from shardpoint.storage import BufferPool
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Target:
         install: puts optimizer states, schedulers, samplers and random state in place, once every tensor is verified.
         behind: those of the parts that may be filled after `install`, which leaves them out.
         install_behind: puts those in place.
+        allowed: what may differ between the two.
     """
 
     collected: Collected
@@ -52,6 +56,7 @@ class Target:
     install: Callable[[], None]
     behind: frozenset[str] = frozenset()
     install_behind: Callable[[], None] = lambda: None
+    allowed: Allowances = field(default_factory=Allowances)
 
 
 class _Resolved(msgspec.Struct, frozen=True):
@@ -64,11 +69,17 @@ class _Contribution(msgspec.Struct, frozen=True):
     problems: list[str]
     missing: list[str]
     unexpected: list[str]
+    missing_of: list[tuple[str, str]]
+    unexpected_of: list[tuple[str, str]]
+    allowed: Allowances
 
 
 class _Matched(msgspec.Struct, frozen=True):
     merged: bytes
     tables: list[tuple[list[int], bytes]]
+    missing: list[str]
+    unexpected: list[str]
+    idle: list[str]
 
 
 class _Read(msgspec.Struct, frozen=True):
@@ -89,26 +100,31 @@ class Fitting:
     Attributes:
         source: the checkpoint.
         target: what is to be filled.
+        missing: what the checkpoint lacks and may lack, on any rank.
+        unexpected: what it has and the target may lack.
+        idle: patterns of the allowances that no name matches.
     """
 
-    def __init__(
-        self, source: Source, target: Target, settle_table: Callable[[], MergedTable], *, strict: bool
-    ) -> None:
+    def __init__(self, source: Source, target: Target, settle_table: Callable[[], MergedTable], told: _Matched) -> None:
         self.source = source
         self.target = target
+        self.missing, self.unexpected, self.idle = tuple(told.missing), tuple(told.unexpected), tuple(told.idle)
         self._settle_table = settle_table
-        self._strict = strict
         self._plan: tuple[MergedTable, Match] | None = None
 
     def plan(self) -> tuple[MergedTable, Match]:
-        """Return the target's merged table, and which stored tensor fills which entry.
+        """Return the target's merged table, with the dtypes that are stored, and which stored tensor fills which entry.
 
         Raises:
             DistributedError: this rank's merged table is not the coordinator's; so the first call is inside a round.
         """
         if self._plan is None:
             merged = self._settle_table()
-            self._plan = merged, match_target(merged, self.source.manifest, self.target.parts, strict=self._strict)
+            # The coordinator has decided what may be left; here it is only looked up.
+            match = match_target(
+                merged, self.source.manifest, self.target.parts, strict=False, allowed=self.target.allowed
+            )
+            self._plan = match.as_stored(merged, self.source.manifest), match
         return self._plan
 
 
@@ -202,16 +218,23 @@ def fit_target(
         check_files(found, ready.parts)
         sends = any(comm.rank == sender for sender, _ in structure.table_senders)
         table = encode_table(own.table) if sends else b""
-        return _Contribution(table, own.problems, own.missing, own.unexpected)
+        return _Contribution(
+            table, own.problems, own.missing, own.unexpected, own.missing_of, own.unexpected_of, ready.allowed
+        )
 
     def decide_match(ballots: Sequence[_Contribution]) -> _Matched:
         tables = [(ranks, ballots[sender].table) for sender, ranks in structure.table_senders]
         merged = merge_sent(tables, comm.world_size) if tables else cache.get(structure.key)
         assert merged is not None  # noqa: S101 - `decide_structure` asks for tables unless they are cached
+        if any(ballot.allowed != ballots[0].allowed for ballot in ballots):
+            raise UsageError("allow_missing, allow_unexpected or allow_cast differ between the ranks")
         problems = _distinct(ballot.problems for ballot in ballots)
+        unexpected_of = _distinct(ballot.unexpected_of for ballot in ballots)
         for optimizer in own.optimizers:
-            problems += unplaced_members(optimizer.document, optimizer.part, merged.members)
-        match_target(
+            never, left = unplaced_members(optimizer.document, optimizer.part, merged.members)
+            problems += never
+            unexpected_of += left
+        match = match_target(
             merged,
             found.manifest,
             ready.parts,
@@ -219,15 +242,18 @@ def fit_target(
             missing=_distinct(ballot.missing for ballot in ballots),
             unexpected=_distinct(ballot.unexpected for ballot in ballots),
             strict=strict,
+            allowed=ready.allowed,
+            missing_of=_distinct(ballot.missing_of for ballot in ballots),
+            unexpected_of=unexpected_of,
         )
-        return _Matched(merged.digest, tables)
+        return _Matched(merged.digest, tables, list(match.missing), list(match.unexpected), list(match.idle))
 
     matched = agree(comm, "load: match", contribute, _Contribution, decide_match, _Matched)
 
     def settle_table() -> MergedTable:
         return settle(cache, structure, own.table, matched.tables, matched.merged, comm.world_size)
 
-    return Fitting(found, ready, settle_table, strict=strict)
+    return Fitting(found, ready, settle_table, matched)
 
 
 def fill_target(
@@ -318,13 +344,15 @@ def result_of(fitting: Fitting, filled: Filled, seconds: float) -> LoadResult:
         filled.num_tensors,
         seconds,
         fitting.source.sealed,
-        match.missing,
-        match.unexpected,
+        fitting.missing,
+        fitting.unexpected,
         filled.read_bytes,
+        match.cast,
+        fitting.idle,
     )
 
 
-def _distinct(lists: Iterable[list[str]]) -> list[str]:
+def _distinct(lists: Iterable[list[_T]]) -> list[_T]:
     return list(dict.fromkeys(item for listed in lists for item in listed))
 
 

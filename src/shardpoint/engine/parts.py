@@ -298,8 +298,8 @@ def load_model(model: nn.Module, path: StrPath, *, comm: Comm, strict: bool = Tr
         collected.add_model(named, part, adapters)
         parts = {part, *(join(adapters, name) for name in lora.adapter_names(named.root))}
         extra = match_extra_states(named, source.document(join(part, EXTRA_STATE_NAME)), part)
-        collected.missing += extra.missing
-        collected.unexpected += extra.unexpected
+        collected.missing_of += extra.missing
+        collected.unexpected_of += extra.unexpected
         return Target(collected, frozenset(parts), extra.install)
 
     return load(comm, open_source, prepare, _cache, strict=strict)

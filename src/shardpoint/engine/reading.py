@@ -119,7 +119,7 @@ def read_tensors(
         if is_alone is None:
             is_alone = alone[id(entry.holdings)] = is_held_alone(entry, rank)
         wanted.append(Wanted(stored.file, stored.byte_offset, runs, shares.get(index, (0, 0)), is_alone))
-        destinations.append(make.of(item.local))
+        destinations.append(make.of(item.local, entry.dtype))
         entries.append(index)
         totals.append(stored.num_bytes)
     plan = plan_reads(wanted, piece_bytes=piece_bytes)

@@ -47,9 +47,11 @@ class LoadResult:
         num_tensors: tensors that this rank filled (a part of).
         seconds: wall time of the load on this rank.
         verified: True when every tensor's checksum was compared; False for files without a manifest.
-        missing: names of the target that the checkpoint lacks, left as they were (`strict=False`).
-        unexpected: names of the checkpoint that the target lacks (`strict=False`).
+        missing: names of the target that the checkpoint lacks, left as they were (`strict=False`, `allow_missing`).
+        unexpected: names of the checkpoint that the target lacks (`strict=False`, `allow_unexpected`).
         read_bytes: bytes that this rank asked the store for: `num_bytes`, and what lies between neighbours.
+        cast: weights that were converted, each with the stored dtype and its own (`allow_cast`).
+        idle: patterns of `allow_missing` and `allow_unexpected` that no name matches.
     """
 
     name: str
@@ -60,3 +62,5 @@ class LoadResult:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     read_bytes: int = 0
+    cast: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()

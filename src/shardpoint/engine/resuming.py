@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.catalog import newer_suspects
 from shardpoint.comm import Comm
 from shardpoint.commit import Committed
+from shardpoint.engine.carried import stored_run
 from shardpoint.engine.lazy import Arrival, load_weights_first
 from shardpoint.engine.load import Target, load
 from shardpoint.engine.results import LoadResult
 from shardpoint.engine.source import Source, open_committed
 from shardpoint.engine.structure import StructureCache
-from shardpoint.engine.training import stored_run, training_target
+from shardpoint.engine.training import training_target
 from shardpoint.events import Event, Listener
 from shardpoint.manifest import Manifest
+from shardpoint.planning import Allowances
 from shardpoint.storage import BufferPool, Store
 
 
@@ -30,6 +33,7 @@ def resume_named(
     pool: BufferPool,
     listener: Listener,
     own_comm: Callable[[], Comm] | None,
+    allowed: Allowances,
 ) -> tuple[RunState, Manifest, Arrival | None]:
     """Restore everything from one checkpoint.
 
@@ -42,6 +46,7 @@ def resume_named(
         pool: lends memory for reads past the page cache.
         listener: told of it, on the coordinator.
         own_comm: opens a comm for a thread that brings the optimizers' states behind; None loads all at once.
+        allowed: what may differ.
 
     Returns:
         Where the run was, what the checkpoint is, and what is still coming.
@@ -60,7 +65,7 @@ def resume_named(
     def prepare(source: Source) -> Target:
         nonlocal found
         found = stored_run(source), source.manifest
-        return training_target(source, roles, comm, listener, lazy_optimizer=own_comm is not None)
+        return training_target(source, roles, comm, listener, lazy_optimizer=own_comm is not None, allowed=allowed)
 
     result: LoadResult
     arrival: Arrival | None = None
@@ -73,7 +78,27 @@ def resume_named(
     if comm.is_coordinator:
         text = f"resumed {name} of {store.location}: step {run.step}, {result.num_bytes / 1e6:.1f} MB on this rank"
         listener(Event("loaded", text, name))
-    return run, manifest, arrival
+        tell_of_allowed(result, listener)
+    return with_allowed(run, result), manifest, arrival
+
+
+def with_allowed(run: RunState, result: LoadResult) -> RunState:
+    """Return a position with what the load was allowed to leave and to convert."""
+    return replace(run, missing=result.missing, unexpected=result.unexpected, cast=result.cast)
+
+
+def tell_of_allowed(result: LoadResult, listener: Listener) -> None:
+    """Tell what a load was allowed to leave and to convert, and which patterns allowed nothing."""
+    for what, lines in (
+        ("left as it was, since the checkpoint lacks it", result.missing),
+        ("not loaded, since the state lacks it", result.unexpected),
+        ("converted", result.cast),
+    ):
+        if lines:
+            listener(Event("allowed", f"{result.name}: {what}: {'; '.join(lines)}", result.name, logging.WARNING))
+    for line in result.idle:
+        text = f"{result.name}: {line}: is it misspelt, or not needed any more?"
+        listener(Event("idle_pattern", text, result.name, logging.WARNING))
 
 
 def tell_of_suspects(found: Iterable[Committed], resumed: str, listener: Listener) -> None:

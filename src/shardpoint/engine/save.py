@@ -188,6 +188,7 @@ class SaveAttempt:
         staged: Iterable[StagedChunk],
         *,
         compare: Copier | None = None,
+        check: Callable[[], None] | None = None,
     ) -> SaveResult:
         """Write what is staged, vote, and commit; raises as `save`.
 
@@ -197,13 +198,14 @@ class SaveAttempt:
             opened: the attempt.
             staged: this rank's chunks, in order; an error that it raises is this rank's.
             compare: with what replicas are compared beside the writing; None where they were when they were staged.
+            check: called on each rank before it votes; what it raises is this rank's error.
         """
         request, store = self._request, self._store
         try:
             verdict = agree(
                 comm,
                 "save: commit",
-                lambda: self._write(comm, agreed, opened, staged, compare),
+                lambda: self._write(comm, agreed, opened, staged, compare, check),
                 Written,
                 lambda ballots: self._decide(comm, merge_written(ballots)),
                 Verdict,
@@ -270,6 +272,7 @@ class SaveAttempt:
         opened: OpenSave,
         staged: Iterable[StagedChunk],
         compare: Copier | None,
+        check: Callable[[], None] | None,
     ) -> Written:
         opened.check(agreed, comm.rank)
         store, plan, sums = self._store, agreed.plan, PieceSums(self._look_at(agreed))
@@ -307,6 +310,8 @@ class SaveAttempt:
             entries, notes = documents.result(), files.notes
             for compared in comparing:
                 compared.result()
+        if check is not None:
+            check()
         files_written = {comm.rank: entries} if entries else {}
         partials = pack_partials(sums.partials(agreed.table))
         return Written({opened.attempt_id: comm.rank}, partials, files_written, notes, self.examination.evidence())

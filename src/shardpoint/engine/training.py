@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from shardpoint.adapters import lora
 from shardpoint.adapters.collect import (
@@ -22,30 +20,29 @@ from shardpoint.adapters.collect import (
     scheduler_state,
 )
 from shardpoint.adapters.names import NamedModule, name_tensors
+from shardpoint.adapters.nesting import is_skeleton
 from shardpoint.adapters.restored import (
     next_samples,
-    next_samples_differences,
     option_differences,
     position_problem,
-    sampler_differences,
     scheduler_differences,
     state_differences,
     steps_another,
 )
-from shardpoint.adapters.rng import derive_rng, read_rng, rng_differences, write_rng
+from shardpoint.adapters.rng import read_rng
 from shardpoint.adapters.state import RunState, TrainState
-from shardpoint.adapters.tensors import live_values
 from shardpoint.comm import Comm
-from shardpoint.engine.feeding import check_fit, is_stateful_loader, put_back, watch_samplers
+from shardpoint.engine.carried import RNG_DIRECTORY, RUNNING_STATES_NAME, carried, random_state_back
+from shardpoint.engine.feeding import watch_samplers
 from shardpoint.engine.load import Target
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.source import Source
 from shardpoint.errors import ManifestError, ResumeMismatchError, UnsupportedFormatError, UsageError
-from shardpoint.events import Event, Listener
+from shardpoint.events import Listener
 from shardpoint.manifest import NEXT_SAMPLES_NAME, decode_document, encode_document
+from shardpoint.planning import Allowances
 
-RUNNING_STATES_NAME = "running_states.json"
-RNG_DIRECTORY = "rng"
+_NOTHING = Allowances()
 
 _OTHERS_SCHEDULER = (
     "the scheduler sets the learning rate of another optimizer than the state's: make it from that optimizer"
@@ -152,22 +149,6 @@ def _check_state(role: str, state: TrainState, run: RunState) -> None:
         raise UsageError(f"{join(role, 'sampler')}: {problem}")
 
 
-def stored_run(source: Source) -> RunState:
-    """Return the position that a checkpoint records in `running_states.json`.
-
-    Raises:
-        ManifestError: the document is not there, or is not one.
-        CorruptionError: it is damaged.
-    """
-    data = source.document(RUNNING_STATES_NAME)
-    try:
-        fields = json.loads(data or b"")
-        return RunState(fields["epoch"], fields["step"], fields["sample_start_index"])
-    except (ValueError, KeyError, TypeError) as error:
-        text = f"{source.manifest.name} has no readable {RUNNING_STATES_NAME}: it is not a training checkpoint"
-        raise ManifestError(text, key=RUNNING_STATES_NAME) from error
-
-
 def training_target(
     source: Source,
     roles: Mapping[str, TrainState],
@@ -178,6 +159,7 @@ def training_target(
     partial: bool = False,
     random_state: bool = True,
     lazy_optimizer: bool = False,
+    allowed: Allowances = _NOTHING,
 ) -> Target:
     """Prepare live objects to be filled from a checkpoint; nothing is changed before `install`.
 
@@ -191,6 +173,7 @@ def training_target(
         random_state: whether the random state is restored.
         lazy_optimizer: whether the optimizers' states may come in behind: then they are read into new tensors, and
             `install` puts everything else in place, the options of the param groups too.
+        allowed: what may differ.
 
     Raises:
         UnsupportedFormatError: another library wrote the files.
@@ -215,9 +198,11 @@ def training_target(
         named = name_tensors(state.model)
         if weights:
             parts |= _add_weights(source, role, named, collected, installs)
-        behind |= _add_optimizer(source, role, state, named, collected, optional, fresh=lazy_optimizer)
+        behind |= _add_optimizer(
+            source, role, state, named, collected, optional, fresh=lazy_optimizer, may_miss=allowed.may_miss
+        )
         _add_scheduler(source, role, state, collected, installs, optional)
-        installs += _carried(source, role, state, collected, comm, optional)
+        installs += carried(source, role, state, collected, comm, optional)
     if not partial:
         collected.unexpected += optional
     options = [optimizer.install_options for optimizer in collected.optimizers]
@@ -227,7 +212,7 @@ def training_target(
     checks: list[Callable[[], Iterable[str]]] = [*same_options, *collected.checks]
     if random_state:
         # Order: put back last, and looked at last: whatever a check above draws from it is noticed.
-        write_back, unchanged = _random_state(source, comm, listener)
+        write_back, unchanged = random_state_back(source, comm, listener)
         installs += write_back
         checks += unchanged
         if comm.is_coordinator:
@@ -236,11 +221,12 @@ def training_target(
     if lazy_optimizer:
         first = functools.partial(_install, name, [*options, *installs], checks)
         second = functools.partial(_install, name, states, same_states)
-        return Target(collected, everything, first, frozenset(behind), second)
+        return Target(collected, everything, first, frozenset(behind), second, allowed=allowed)
     return Target(
         collected,
         everything,
         functools.partial(_install, name, [*options, *states, *installs], [*same_states, *checks]),
+        allowed=allowed,
     )
 
 
@@ -272,8 +258,8 @@ def _add_weights(
     modeling, adapters = join(role, "modeling"), join(role, "adapter")
     collected.add_model(named, modeling, adapters)
     extra = match_extra_states(named, source.document(join(modeling, EXTRA_STATE_NAME)), modeling)
-    collected.missing += extra.missing
-    collected.unexpected += extra.unexpected
+    collected.missing_of += extra.missing
+    collected.unexpected_of += extra.unexpected
     installs.append(extra.install)
     stored = {tensor.part for tensor in source.manifest.tensors if tensor.part.startswith(f"{adapters}/")}
     return {modeling, *stored, *(join(adapters, name) for name in lora.adapter_names(named.root))}
@@ -288,6 +274,7 @@ def _add_optimizer(
     optional: list[str],
     *,
     fresh: bool,
+    may_miss: Callable[[str], bool],
 ) -> set[str]:
     part = join(role, "optimizer")
     path = join(part, GROUPS_NAME)
@@ -300,7 +287,9 @@ def _add_optimizer(
         collected.missing.append(f"{part} (a resume without it would start the optimizer afresh)")
         return set()
     document = optimizer_document(data, path)
-    collected.add_optimizer_target(state.optimizer, named, part, document, source.manifest, fresh=fresh)
+    collected.add_optimizer_target(
+        state.optimizer, named, part, document, source.manifest, fresh=fresh, may_miss=may_miss
+    )
     return {part}
 
 
@@ -315,6 +304,9 @@ def optimizer_document(data: bytes, path: str) -> dict[str, object]:
         well_formed = all(
             isinstance(group["params"], list) and isinstance(group["options"], dict) for group in document["groups"]
         ) and all(isinstance(values, dict) for values in document["states"].values())
+        well_formed &= all(
+            is_skeleton(node) for values in document.get("nested", {}).values() for node in values.values()
+        )
     except (KeyError, TypeError, AttributeError):
         well_formed = False
     if not well_formed:
@@ -350,128 +342,3 @@ def _add_scheduler(
         collected.problems.append(f"{path}: {_OTHERS_SCHEDULER}")
     installs.append(lambda: state.lr_scheduler.load_state_dict(values))
     collected.checks.append(lambda: scheduler_differences(state.lr_scheduler, data, path))
-
-
-def _rank_documents(source: Source, directory: str) -> list[str]:
-    return [entry.path for entry in source.manifest.files if entry.path.startswith(f"{directory}/rank-")]
-
-
-def _carried(
-    source: Source, role: str, state: TrainState, collected: Collected, comm: Comm, optional: list[str]
-) -> list[Callable[[], None]]:
-    """Return what gives a role's sampler and extras back the states that this rank's had."""
-    installs: list[Callable[[], None]] = []
-    if state.sampler is not None:
-        installs += _sampler(source, join(role, "data"), state.sampler, collected, comm)
-    elif _rank_documents(source, join(role, "data")):
-        optional.append(join(role, "data"))
-    top = join(role, "extras")
-    prefix = f"{top}/"
-    found = [entry.path.removeprefix(prefix) for entry in source.manifest.files if entry.path.startswith(prefix)]
-    stored = dict.fromkeys(path.partition("/")[0] for path in found)
-    optional += [join(top, name) for name in stored if name not in state.extras]
-    for name, extra in state.extras.items():
-        installs += _per_rank(source, join(top, name), extra, collected, comm)
-    return installs
-
-
-def _per_rank(
-    source: Source,
-    directory: str,
-    target: Any,
-    collected: Collected,
-    comm: Comm,
-    problem_of: Callable[[Any], str | None] = lambda _state: None,
-) -> list[Callable[[], None]]:
-    """Return what gives an object back the state that this rank's had.
-
-    What does not fit is noted, and that the state is to be looked at again once it is back.
-    """
-    stored = _rank_documents(source, directory)
-    if not stored:
-        collected.missing.append(directory)
-        return []
-    path = rank_document(directory, comm.rank)
-    data = source.document(path)
-    if data is None and source.manifest.world_size == comm.world_size:
-        collected.missing.append(f"{path} (rank {comm.rank} had none)")
-        return []
-    if data is None or source.manifest.world_size != comm.world_size:
-        # Another number of ranks: only a state that does not depend on the rank can go on.
-        contents = {source.document(other) for other in stored}
-        if len(contents) != 1:
-            text = (
-                f"{directory}: saved by {source.manifest.world_size} ranks whose states differ, so that on "
-                f"{comm.world_size} ranks there is none to go on with: use an object whose state is the same on all "
-                "ranks (for a sampler shardpoint.data.StatefulDistributedSampler), or resume on as many ranks"
-            )
-            collected.problems.append(text)
-            return []
-        data = contents.pop()
-    assert data is not None  # noqa: S101 - listed files have contents
-    state = decode_document(data, path)
-    values = live_values(state)
-    if isinstance(target, dict):
-        return [functools.partial(_refill, target, values)]
-    problem = problem_of(state)
-    if problem is not None:
-        collected.problems.append(f"{directory}: {problem}")
-    if not callable(getattr(target, "state_dict", None)):
-        collected.problems.append(f"{directory}: {type(target).__name__} has no state_dict to compare")
-    elif source.manifest.world_size == comm.world_size or not is_stateful_loader(target):
-        # On another number of ranks a loader's own state says the same position in other words.
-        collected.checks.append(lambda: sampler_differences(target, state, path))
-    try:
-        check_fit(target, values, source.manifest.world_size, comm.world_size)
-    except UsageError as error:
-        collected.problems.append(f"{directory}: {error}")
-    return [lambda: put_back(target, values)]
-
-
-def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
-    target.clear()
-    target.update(values)
-
-
-def _sampler(
-    source: Source, directory: str, sampler: Any, collected: Collected, comm: Comm
-) -> list[Callable[[], None]]:
-    """Return what gives a sampler its position back; the samples that come next are looked at once it is back."""
-
-    def problem_of(state: Any) -> str | None:
-        return position_problem(state, stored_run(source)) if source.manifest.step is not None else None
-
-    installs = _per_rank(source, directory, sampler, collected, comm, problem_of)
-    following = join(directory, NEXT_SAMPLES_NAME)
-    upcoming = source.document(following)
-    if upcoming is not None:
-        collected.checks.append(lambda: next_samples_differences(sampler, upcoming, following))
-    return installs
-
-
-def _random_state(
-    source: Source, comm: Comm, listener: Listener
-) -> tuple[list[Callable[[], None]], list[Callable[[], Iterable[str]]]]:
-    """Return what puts this rank's random state back, and what tells whether it still stands there."""
-    path = rank_document(RNG_DIRECTORY, comm.rank)
-    data = source.document(path)
-    if data is not None:
-        state = decode_document(data, path)
-        return [lambda: write_rng(state, path)], [lambda: rng_differences(state, path)]
-    first = source.document(rank_document(RNG_DIRECTORY, 0))
-    if first is None:
-        return [], []
-    text = (
-        f"rank {comm.rank} was not there when {source.manifest.name} was saved by {source.manifest.world_size} ranks: "
-        "its random state is derived from rank 0's"
-    )
-    event = Event("rng_derived", text, source.manifest.name, logging.WARNING)
-
-    derived: dict[str, object] = {}
-
-    def derive() -> None:
-        derive_rng(first, comm.rank)
-        derived.update(read_rng())
-        listener(event)
-
-    return [derive], [lambda: rng_differences(derived, f"the derived state of rank {comm.rank}")]

@@ -1,5 +1,6 @@
 """What is decided before any byte moves: the merged table of facts, the files, the owners, and how a target matches."""
 
+from shardpoint.planning.allowances import Allowances
 from shardpoint.planning.chunks import Chunk, Extent, Piece, plan_chunks
 from shardpoint.planning.documents import merge_optimizer_documents
 from shardpoint.planning.facts import (
@@ -31,6 +32,7 @@ __all__ = [
     "MIN_WINDOW_BYTES",
     "PIECE_BYTES",
     "RUN_FIELDS",
+    "Allowances",
     "Chunk",
     "Entry",
     "Extent",

@@ -28,6 +28,7 @@ def merge_optimizer_documents(documents: Sequence[dict[str, Any]], part: str) ->
     first = documents[0]
     groups = [{"params": list(group["params"]), "options": group["options"]} for group in first["groups"]]
     states = {name: dict(values) for name, values in first["states"].items()}
+    nested: dict[str, dict[Any, Any]] = {name: dict(values) for name, values in first.get("nested", {}).items()}
     for other in documents[1:]:
         if len(other["groups"]) != len(groups) or other["class"] != first["class"]:
             text = f"{part}: ranks have different optimizers: {first['class']} with {len(groups)} groups against "
@@ -42,14 +43,25 @@ def merge_optimizer_documents(documents: Sequence[dict[str, Any]], part: str) ->
                 raise UsageError(text)
             known = set(mine["params"])
             mine["params"] += [name for name in theirs["params"] if name not in known]
-        for name, values in other["states"].items():
-            target = states.setdefault(name, {})
-            for state, value in values.items():
-                if encode_document(target.setdefault(state, value)) != encode_document(value):
-                    text = f"{part}: state {state!r} of {name} differs between ranks: {target[state]} against {value}"
-                    raise UsageError(text)
+        _join(states, other["states"], part)
+        _join(nested, other.get("nested", {}), part)
     _refuse_two_groups(groups, part)
-    return {"class": first["class"], "groups": groups, "states": states}
+    merged = {"class": first["class"], "groups": groups, "states": states}
+    return merged | {"nested": nested} if nested else merged
+
+
+def _join(merged: dict[str, dict[Any, Any]], other: dict[str, dict[Any, Any]], part: str) -> None:
+    """Add what another rank says of states; what both have must be equal.
+
+    Raises:
+        UsageError: it is not.
+    """
+    for name, values in other.items():
+        target = merged.setdefault(name, {})
+        for state, value in values.items():
+            if encode_document(target.setdefault(state, value)) != encode_document(value):
+                text = f"{part}: state {state!r} of {name} differs between ranks: {target[state]} against {value}"
+                raise UsageError(text)
 
 
 def _refuse_two_groups(groups: Sequence[dict[str, Any]], part: str) -> None:

@@ -282,6 +282,21 @@ def test_adapters_stand_beside_a_plain_model(modules_to_save: list[str] | None, 
     assert base_model(model) is model.get_base_model()
 
 
+def test_adapters_that_are_merged_are_not_counted_twice(tmp_path: Path) -> None:
+    model = adapted(0, None)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(TrainState(model=model), epoch=0, step=1, batch_size=1)
+        model.merge_adapter()
+        before = weights(model)
+        with pytest.raises(UsageError, match=r"q_proj has its adapters merged.*call unmerge_adapter"):
+            checkpointer.save(TrainState(model=model), epoch=0, step=2, batch_size=1)
+        with pytest.raises(UsageError, match="call unmerge_adapter"):
+            checkpointer.resume(TrainState(model=model))
+        assert same_bits(weights(model), before)
+        model.unmerge_adapter()
+        checkpointer.save(TrainState(model=model), epoch=0, step=3, batch_size=1)
+
+
 def test_an_optimizer_without_state_fits_into_a_file(tmp_path: Path) -> None:
     booster, model = Booster(), net(0)
     model, optimizer, *_ = booster.boost(model, torch.optim.SGD(model.parameters(), lr=0.05))
