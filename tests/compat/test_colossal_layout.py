@@ -103,6 +103,26 @@ def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
     assert bits(other.head.weight) == before
 
 
+def test_weights_that_are_views_of_one_storage(tmp_path: Path) -> None:
+    model, other = net(1), net(2)
+    stored = model.state_dict()
+    flat = torch.cat([tensor.flatten() for tensor in stored.values() if tensor.is_floating_point()])
+    start = 0
+    for name, tensor in stored.items():
+        if tensor.is_floating_point():
+            stored[name] = flat[start : start + tensor.numel()].view(tensor.shape)
+            start += tensor.numel()
+    path = tmp_path / "epoch-0_step-1"
+    write_checkpoint(path, model, None, None, 0, 1)
+    write_weights(path / "modeling", stored)
+    load_checkpoint(path, Booster(), other, None, None)
+    assert same_bits(weights(other), weights(model))
+    stored["embed.weight"] = stored["embed.weight"].t().contiguous().t()
+    write_weights(path / "modeling", stored)
+    with pytest.raises(UnsupportedFormatError, match=r"embed\.weight is not stored element after element"):
+        load_checkpoint(path, Booster(), other, None, None)
+
+
 def rename(path: Path) -> None:
     model = net(1)
     tensors = model.state_dict()
