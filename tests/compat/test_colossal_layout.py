@@ -18,6 +18,7 @@ from shardpoint.errors import (
     MismatchError,
     NotFoundError,
     TornCheckpointError,
+    TruncatedError,
     UnsupportedFormatError,
 )
 from tests.compat.colossal_layout import write_checkpoint, write_weights
@@ -267,3 +268,24 @@ def test_what_only_looks_like_it_is_left_alone(tmp_path: Path) -> None:
     (path / "running_states.json").write_text(json.dumps({"epoch": 0, "step": 1, "sample_start_index": 1}))
     with pytest.raises(TornCheckpointError):
         load_checkpoint(path, Booster(), net(0), None, None)
+
+
+@pytest.mark.parametrize("part", ["modeling/pytorch_model", "optimizer/pytorch_optim"])
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_an_index_that_its_files_contradict(
+    part: str, change: str, saved: tuple[Path, nn.Module, torch.optim.Optimizer, Any]
+) -> None:
+    path = saved[0] / f"{part}.bin.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"]))
+    if change == "more":
+        index["weight_map"]["another"] = index["weight_map"][first]
+    else:
+        del index["weight_map"][first]
+    path.write_text(json.dumps(index))
+    model, optimizer, _ = made(4)
+    before = weights(model)
+    with pytest.raises(TruncatedError, match="differ"):
+        load_checkpoint(saved[0], Booster(), model, optimizer, None)
+    assert same_bits(weights(model), before)
+    assert not optimizer.state
