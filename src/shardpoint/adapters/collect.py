@@ -236,8 +236,14 @@ class Collected:
 
     def add_optimizer(self, optimizer: Optimizer, named: NamedModule, part: str, stem: str = "optimizer") -> None:
         """Add an optimizer's state, to be saved."""
-        self.naming.setdefault(part, PartNaming(stem))
         document, tensors = read_optimizer(optimizer, named, part)
+        self.add_optimizer_state(document, tensors, part, stem)
+
+    def add_optimizer_state(
+        self, document: dict[str, Any], tensors: Collection[StateTensor], part: str, stem: str = "optimizer"
+    ) -> None:
+        """Add an optimizer's state, as `read_optimizer` returns it."""
+        self.naming.setdefault(part, PartNaming(stem))
         self.optimizer_documents[part] = document
         self._members += [(part, name) for group in document["groups"] for name in group["params"]]
         self._add_states(part, tensors)

@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries' formats: export to them, import from them."""
