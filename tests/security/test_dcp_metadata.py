@@ -90,7 +90,7 @@ def test_torchs_own_classes_are_not_touched(directory: Path) -> None:
     """A pickle may set attributes of whatever it names; what it gets is not torch's class."""
     module, name = b"torch.distributed.checkpoint.metadata", b"Metadata"
     patch = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93"
-    patch += b"N\x8c\x05stamp\x8c\x04evil\x85\x86b."  # BUILD with (None, ...)
+    patch += b"N}\x8c\x05stamp\x8c\x04evils\x86b."  # BUILD with (None, {"stamp": "evil"})
     (directory / ".metadata").write_bytes(patch)
     with pytest.raises(CheckpointError):
         read_metadata(directory)
