@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # What `make check` runs; `make ci` runs these and then all the others.
 FAST_TESTS := $(wildcard tests/unit tests/property tests/gates)
 
-.PHONY: help setup demo test check ci nightly bench bench-colossalai clean
+.PHONY: help setup demo test test-colossalai check ci nightly bench bench-colossalai clean
 
 help:  ## Say what the targets do
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -53,7 +53,7 @@ check: $(VENV)/.stamp  ## Format, lint, types, floors; unit, property and gate t
 ci: check  ## check, then every other test
 	@$(BIN)/python -m pytest -m 'not nightly' $(FAST_TESTS:%=--ignore=%)
 
-nightly: ci demo  ## ci, the demo, and the long tests
+nightly: ci demo test-colossalai  ## ci, the demo, and the long tests
 	@$(BIN)/python -m pytest -m nightly
 
 # The benchmarks' own packages go into .venv on top, when they are asked for; ColossalAI wants older ones of others, so it
@@ -71,10 +71,14 @@ $(COLOSSALAI)/.stamp: benchmarks/colossalai-constraints.txt $(VENV)/.stamp
 	$$pip pip setuptools wheel; \
 	$$pip torch numpy transformers peft accelerate safetensors packaging psutil tqdm rich einops contexttimer; \
 	$$pip --no-deps --no-build-isolation colossalai; \
-	$$pip --no-deps galore_torch bitsandbytes
+	$$pip --no-deps galore_torch bitsandbytes; \
+	$$pip msgspec awscrt typer rich pytest pytest-timeout
 	@touch $@
 
 bench-colossalai: $(COLOSSALAI)/.stamp  ## Make .venv-colossalai, for the comparison with ColossalAI
+
+test-colossalai: $(COLOSSALAI)/.stamp  ## Save and load through the real ColossalAI, and go on natively
+	@PYTHONPATH=src:.:compat/coati/src $(COLOSSALAI)/bin/python -m pytest -p no:cacheprovider tests/colossalai
 
 bench: $(VENV)/.bench-stamp $(COLOSSALAI)/.stamp  ## Measure saves and loads beside raw limits and others (an hour)
 	@$(BIN)/python benchmarks/run.py

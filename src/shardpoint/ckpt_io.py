@@ -27,6 +27,7 @@ from shardpoint.engine import (
     Source,
     StructureCache,
     Target,
+    check_weights,
     checkpoint_name,
     is_colossal_layout,
     is_foreign,
@@ -331,6 +332,8 @@ def _load_foreign(
             stored = any(entry.path.split("/")[0] == part for entry in source.manifest.files)
             if live is not None and not stored:
                 raise NotFoundError(f"{name} in {source.store.location} has no {part}: it was saved without")
+        if wanted["modeling"] is not None:
+            check_weights(source, booster, wanted["modeling"])
         return stored_run(source)
 
     run = agree(comm, "load: resolve", resolve, RunState, lambda ballots: ballots[0], RunState)

@@ -18,6 +18,7 @@ from shardpoint.errors import (
     MismatchError,
     NotFoundError,
     TornCheckpointError,
+    TruncatedError,
     UnsupportedFormatError,
 )
 from tests.compat.colossal_layout import write_checkpoint, write_weights
@@ -100,6 +101,26 @@ def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="are stored with different values"):
         load_checkpoint(path, Booster(), other, None, None)
     assert bits(other.head.weight) == before
+
+
+def test_weights_that_are_views_of_one_storage(tmp_path: Path) -> None:
+    model, other = net(1), net(2)
+    stored = model.state_dict()
+    flat = torch.cat([tensor.flatten() for tensor in stored.values() if tensor.is_floating_point()])
+    start = 0
+    for name, tensor in stored.items():
+        if tensor.is_floating_point():
+            stored[name] = flat[start : start + tensor.numel()].view(tensor.shape)
+            start += tensor.numel()
+    path = tmp_path / "epoch-0_step-1"
+    write_checkpoint(path, model, None, None, 0, 1)
+    write_weights(path / "modeling", stored)
+    load_checkpoint(path, Booster(), other, None, None)
+    assert same_bits(weights(other), weights(model))
+    stored["embed.weight"] = stored["embed.weight"].t().contiguous().t()
+    write_weights(path / "modeling", stored)
+    with pytest.raises(UnsupportedFormatError, match=r"embed\.weight is not stored element after element"):
+        load_checkpoint(path, Booster(), other, None, None)
 
 
 def rename(path: Path) -> None:
@@ -247,3 +268,24 @@ def test_what_only_looks_like_it_is_left_alone(tmp_path: Path) -> None:
     (path / "running_states.json").write_text(json.dumps({"epoch": 0, "step": 1, "sample_start_index": 1}))
     with pytest.raises(TornCheckpointError):
         load_checkpoint(path, Booster(), net(0), None, None)
+
+
+@pytest.mark.parametrize("part", ["modeling/pytorch_model", "optimizer/pytorch_optim"])
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_an_index_that_its_files_contradict(
+    part: str, change: str, saved: tuple[Path, nn.Module, torch.optim.Optimizer, Any]
+) -> None:
+    path = saved[0] / f"{part}.bin.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"]))
+    if change == "more":
+        index["weight_map"]["another"] = index["weight_map"][first]
+    else:
+        del index["weight_map"][first]
+    path.write_text(json.dumps(index))
+    model, optimizer, _ = made(4)
+    before = weights(model)
+    with pytest.raises(TruncatedError, match="differ"):
+        load_checkpoint(saved[0], Booster(), model, optimizer, None)
+    assert same_bits(weights(model), before)
+    assert not optimizer.state

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardpoint.adapters.names import NamedModule, name_tensors
+from shardpoint.adapters.tensors import dtype_name
 from shardpoint.adapters.torch_files import Located, locate_tensors, read_values
 from shardpoint.checksum import crc64, to_hex
 from shardpoint.engine.carried import RUNNING_STATES_NAME
@@ -37,6 +38,7 @@ from shardpoint.storage import Store
 
 MODELING, OPTIMIZER, SCHEDULER = "modeling", "optimizer", "lr_scheduler"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WHOLE_PARAMETERS = frozenset(("TorchDDPPlugin", "LowLevelZeroPlugin"))
 _SHARD = re.compile(r"(pytorch_model|pytorch_optim)[.\w-]*\.bin|model-\d{5}\.safetensors|model\.safetensors")
 
 
@@ -144,6 +146,50 @@ def locate_weights(source: Source) -> Weights:
                 found[str(name)] = path, value
     _check_complete(source, MODELING, names, found)
     return Weights(found)
+
+
+def check_weights(source: Source, booster: Any, model: Any) -> None:
+    """Refuse weights that ColossalAI's Booster would skip in silence, before it touches the model.
+
+    It compares neither shapes nor dtypes, and names only after it has loaded what fits. Checked where a rank holds
+    whole parameters (`TorchDDPPlugin`, `LowLevelZeroPlugin`); a shard does not tell its global shape.
+
+    Args:
+        source: a checkpoint with ColossalAI's files.
+        booster: any Booster; only ColossalAI's is known to write these files.
+        model: as `boost` returned it.
+
+    Raises:
+        MismatchError: names, shapes or dtypes differ; it lists everything.
+        CorruptionError: a file is cut off, or an index is wrong.
+    """
+    kind = type(getattr(booster, "plugin", None))
+    # ColossalAI renames its ZeRO class at run time, to "LowLevelZeroPlugin_ZeRO-1" and the like.
+    if kind.__module__.partition(".")[0] != "colossalai" or kind.__name__.partition("_")[0] not in _WHOLE_PARAMETERS:
+        return
+    bare = model.unwrap() if callable(getattr(model, "unwrap", None)) else model
+    aliases = name_tensors(bare).aliases
+    live = {name: tensor for name, tensor in bare.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    stored = {name: place for name, (_, place) in locate_weights(source).tensors.items()}
+    missing = [name for name in live if name not in stored and aliases.get(name) not in stored]
+    unexpected = [name for name in stored if name not in live]
+    mismatched = [
+        f"{name}: stored {place.dtype} {list(place.shape)}, the model has {_told(live[name], name)}"
+        for name, place in stored.items()
+        if name in live and (place.shape, place.dtype) != (tuple(live[name].shape), dtype_name(live[name].dtype, name))
+    ]
+    if missing or unexpected or mismatched:
+        lines = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unexpected] + mismatched
+        text = (
+            f"the weights of {source.manifest.name} do not fit the model; nothing was changed:\n  "
+            + "\n  ".join(lines)
+            + "\n  build the model as it was saved"
+        )
+        raise MismatchError(text, missing=missing, unexpected=unexpected, mismatched=mismatched)
+
+
+def _told(tensor: torch.Tensor, name: str) -> str:
+    return f"{dtype_name(tensor.dtype, name)} {list(tensor.shape)}"
 
 
 def read_optimizer_files(source: Source) -> OptimizerFiles:
