@@ -23,6 +23,8 @@ from shardpoint.adapters.names import NamedModule, unwrapped
 from shardpoint.errors import UsageError
 
 _PREFIX = "base_model.model."
+# VeRA's layers share two projections, which stand in the table once; peft opens them under these names.
+_SHARED = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def _place(fqn: str, layers: dict[str, frozenset[str]]) -> Place:
             adapter, _, rest = tail.partition(".")
             # peft drops the adapter's name on disk, and `modules_to_save` with it.
             middle = [] if head == "modules_to_save" else [head]
-            key = prefix + ".".join([*middle, *([rest] if rest else [])])
+            key = _SHARED.get(head) or prefix + ".".join([*middle, *([rest] if rest else [])])
             break
     if adapter is not None:
         return Place(adapter, key)

@@ -282,6 +282,60 @@ def test_adapters_stand_beside_a_plain_model(modules_to_save: list[str] | None, 
     assert base_model(model) is model.get_base_model()
 
 
+def adapter_config(kind: str) -> Any:
+    from peft import LoraConfig, VeraConfig
+
+    if kind == "vera":
+        return VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    more: dict[str, dict[str, Any]] = {
+        "dora": {"use_dora": True},
+        "embeddings": {"modules_to_save": ["embed_tokens"]},
+        "two": {},
+    }
+    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more[kind])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("kind", ["dora", "embeddings", "two", "vera"])
+def test_every_kind_of_adapter_goes_on_and_opens_with_peft(kind: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def made(seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model: Any = get_peft_model(llama(seed, tied=kind == "embeddings"), adapter_config(kind))
+        if kind == "two":
+            model.add_adapter("other", LoraConfig(r=3, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+            model.set_adapter("default")
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+    def steps(model: Any, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
+        losses = []
+        for number in numbers:
+            ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(number))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizer = made(0)
+    steps(model, optimizer, range(2))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(TrainState(model=model, optimizer=optimizer), epoch=0, step=2, batch_size=1)
+        expected, whole = weights(model), steps(model, optimizer, range(2, 5))
+        other, other_optimizer = made(3)
+        checkpointer.resume(TrainState(model=other, optimizer=other_optimizer))
+    assert same_bits(weights(other), expected)
+    assert steps(other, other_optimizer, range(2, 5)) == whole
+    directory = tmp_path / "epoch-0_step-2"
+    for adapter in other.peft_config:
+        plain = PeftModel.from_pretrained(opened(directory / "modeling"), str(directory / "adapter" / adapter))
+        held = {k.replace(f".{adapter}", ".default"): v for k, v in expected.items() if f".{adapter}" in k}
+        assert held
+        assert same_bits({k: v for k, v in weights(plain).items() if k in held}, held)
+
+
 def test_adapters_that_are_merged_are_not_counted_twice(tmp_path: Path) -> None:
     model = adapted(0, None)
     with Checkpointer(tmp_path) as checkpointer:
