@@ -125,6 +125,7 @@ def export_dcp(
     try:
         planner = _CheckedPlanner(views)
         _write(state, beside.local_path(made), planner)
+        views.check_all_were_compared()
         beside.sync_directory(made, SyncPoint.SUBDIRECTORY)
         beside.rename(made, target.name)
     except BaseException as error:
@@ -163,6 +164,7 @@ class _Views:
         self.source = source
         self._maps: dict[int, mmap.mmap] = {}
         self.entries: dict[int, TensorEntry] = {}
+        self._unchecked: set[int] = set()
 
     def view(self, entry: TensorEntry) -> torch.Tensor:
         """Return a tensor; its bytes are read when they are looked at.
@@ -177,6 +179,7 @@ class _Views:
         count = entry.num_bytes // dtype.itemsize
         tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=entry.byte_offset).view(entry.shape)
         self.entries[tensor.data_ptr()] = entry
+        self._unchecked.add(tensor.data_ptr())
         return tensor
 
     def check(self, tensor: torch.Tensor, name: str) -> None:
@@ -195,6 +198,18 @@ class _Views:
             path = self.source.manifest.files[entry.file].path
             text = f"{path} of {self.source.manifest.name} is damaged: {name} has not the checksum that was committed"
             raise ChecksumError(text, key=f"{path}#{entry.key}", expected=entry.crc64nvme, actual=to_hex(crc))
+        self._unchecked.discard(tensor.data_ptr())
+
+    def check_all_were_compared(self) -> None:
+        """Refuse an export of which a tensor was written without having been compared.
+
+        Raises:
+            StorageError: torch wrote a tensor that is not the view that it was given.
+        """
+        if self._unchecked:
+            first = self.entries[min(self._unchecked)]
+            text = f"torch wrote {len(self._unchecked)} tensors from other memory (one is {first.fqn}): not exported"
+            raise StorageError(text, key=first.key, op="write", errno=None)
 
     def _map(self, number: int) -> mmap.mmap:
         if number not in self._maps:

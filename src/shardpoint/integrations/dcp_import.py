@@ -304,10 +304,10 @@ def _groups(reader: _Reader, options: Mapping[str, Stored], place: str) -> list[
             group["params"].append(name)
         return list(joined.values())
     described: list[dict[str, Any]] = []
-    for owner in sorted(by_owner, key=int):
+    for owner in sorted(by_owner, key=lambda number: (len(number), number)):
         values = by_owner[owner]
         names = values.pop("params", None)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not owner.isdecimal() or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             text = (
                 f"group {owner} of {place} does not name its parameters: save what torch's get_optimizer_state_dict "
                 "returns, not optimizer.state_dict()"
