@@ -6,6 +6,7 @@ tells. They can be read like those of any other tensor file: by runs, by threads
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,11 @@ class Located:
     num_bytes: int
 
 
-def read_values(path: str, place: str) -> Any:
-    """Return what a file holds; its tensors are mapped, not read.
+def read_values(file: str | io.BytesIO, place: str) -> Any:
+    """Return what a file holds; nothing of it is executed.
 
     Args:
-        path: on a local filesystem.
+        file: a path on a local filesystem, whose tensors are mapped, not read; or the bytes.
         place: for messages.
 
     Raises:
@@ -46,7 +47,17 @@ def read_values(path: str, place: str) -> Any:
         TruncatedError: it is not a whole archive.
         UnsupportedFormatError: it holds something that is neither a tensor nor plain data.
     """
-    return _load(path, place)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, str))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{place} is not there") from error
+    except Exception as error:
+        # torch raises RuntimeError, EOFError, UnpicklingError, ... without telling damage from what it refuses.
+        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+            text = f"{place} holds more than tensors and plain data, which loading would execute: {_first_line(error)}"
+            raise UnsupportedFormatError(text) from error
+        text = f"{place} cannot be read as a file of torch.save: {_first_line(error)}. Load another checkpoint"
+        raise TruncatedError(text, key=place, expected="a whole archive", actual=type(error).__name__) from error
 
 
 def locate_tensors(path: str, place: str) -> dict[Any, Any]:
@@ -62,7 +73,7 @@ def locate_tensors(path: str, place: str) -> dict[Any, Any]:
         UnsupportedFormatError: it is not a dict, or a tensor's elements do not lie one after the other.
     """
     with FakeTensorMode():
-        values = _load(path, place)
+        values = read_values(path, place)
         if not isinstance(values, Mapping):
             raise UnsupportedFormatError(f"{place} holds a {type(values).__name__}, not tensors by name")
         return {key: _located(value, f"{place}: {key}") for key, value in values.items()}
@@ -83,20 +94,6 @@ def _located(value: Any, place: str) -> Any:
     num_bytes = value.numel() * value.element_size()
     start = offset + value.storage_offset() * value.element_size()
     return Located(dtype_name(value.dtype, place), tuple(value.shape), start, num_bytes)
-
-
-def _load(path: str, place: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{place} is not there") from error
-    except Exception as error:
-        # torch raises RuntimeError, EOFError, UnpicklingError, ... without telling damage from what it refuses.
-        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
-            text = f"{place} holds more than tensors and plain data, which loading would execute: {_first_line(error)}"
-            raise UnsupportedFormatError(text) from error
-        text = f"{place} cannot be read as a file of torch.save: {_first_line(error)}. Load another checkpoint"
-        raise TruncatedError(text, key=place, expected="a whole archive", actual=type(error).__name__) from error
 
 
 def _first_line(error: BaseException) -> str:

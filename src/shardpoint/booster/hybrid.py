@@ -307,10 +307,7 @@ _REFUSED = (
         ("enable_all_optimization", "enable_fused_normalization", "enable_flash_attention", "enable_jit_fused"),
         options.SHARDFORMER,
     )
-    | dict.fromkeys(
-        ("initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale"),
-        options.FP16_ONLY,
-    )
+    | options.SCALING
     | dict.fromkeys(
         ("broadcast_buffers", "ddp_bucket_cap_mb", "find_unused_parameters", "check_reduction",
          "gradient_as_bucket_view", "static_graph"),
@@ -319,13 +316,13 @@ _REFUSED = (
     | {
         "zero_bucket_size_in_m": options.BUCKETS,
         "cpu_offload": options.OFFLOAD,
-        "communication_dtype": "gradients are reduced in float32 for bf16, and in their own dtype for fp32",
+        "communication_dtype": options.REDUCTION,
         "overlap_communication": options.OVERLAP,
         "custom_policy": "the model's own tp_plan says how it is cut",
         "gradient_checkpoint_config": "call model.gradient_checkpointing_enable()",
         "make_vocab_size_divisible_by": "the vocabulary is not padded",
         "dp_outside": "ranks that follow each other cut one model",
-        "overlap_allgather": "the next forward gathers the parameters, block by block",
+        "overlap_allgather": options.ALLGATHER,
         "fp8_communication": options.FP8,
         "use_fp8": options.FP8,
     }

@@ -17,6 +17,12 @@ OFFLOAD = "nothing is offloaded to the host here"
 FP8 = "there is no fp8 training or communication here"
 SHARDFORMER = "the model's own modules run as they are: ask the model for it (attn_implementation=...)"
 BUCKETS = "FSDP2 communicates block by block, without buckets"
+SCALING = dict.fromkeys(
+    ("initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale"),
+    FP16_ONLY,
+)
+REDUCTION = "gradients are reduced in float32 for bf16, and in their own dtype for fp32"
+ALLGATHER = "the next forward gathers the parameters, block by block"
 OVERLAP = "FSDP2 always overlaps communication and computation"
 
 _PRECISIONS = ("bf16", "fp32")

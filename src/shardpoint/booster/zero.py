@@ -240,16 +240,12 @@ class GeminiPlugin(_ZeroPlugin):
         self._settle(precision, max_norm, norm_type, extra_dp_size, master_weights=master_weights)
 
 
-_SCALING = dict.fromkeys(
-    ("initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale"),
-    options.FP16_ONLY,
-)
 _SILENT = "nothing is printed here"
-_LOW_LEVEL_ZERO_REFUSED = _SCALING | {
+_LOW_LEVEL_ZERO_REFUSED = options.SCALING | {
     "reduce_bucket_size_in_m": options.BUCKETS,
-    "communication_dtype": "gradients are reduced in float32 for bf16, and in their own dtype for fp32",
+    "communication_dtype": options.REDUCTION,
     "overlap_communication": options.OVERLAP,
-    "overlap_allgather": "the next forward gathers the parameters, block by block",
+    "overlap_allgather": options.ALLGATHER,
     "cpu_offload": options.OFFLOAD,
     "verbose": _SILENT,
     "fp8_communication": options.FP8,
@@ -257,7 +253,7 @@ _LOW_LEVEL_ZERO_REFUSED = _SCALING | {
 }
 _CHUNKS = "FSDP2 shards each parameter over all ranks, without chunks and without placing them"
 _GEMINI_REFUSED = (
-    _SCALING
+    options.SCALING
     | dict.fromkeys(
         ("chunk_config_dict", "chunk_init_device", "placement_policy", "max_prefetch", "warmup_non_model_data_ratio",
          "steady_cuda_cap_ratio", "strict_ddp_mode", "search_range_m", "hidden_dim", "min_chunk_size_m", "memstats",

@@ -22,15 +22,11 @@ from shardpoint.adapters.torch_files import Located, locate_tensors, read_values
 from shardpoint.checksum import crc64, to_hex
 from shardpoint.engine.carried import RUNNING_STATES_NAME
 from shardpoint.engine.numbered import OptimizerFiles, name_states, scheduler_file_document
-from shardpoint.engine.source import Source, open_plain
+from shardpoint.engine.source import Source, open_plain, unsealed_manifest
 from shardpoint.errors import ManifestError, MismatchError, NotFoundError, TruncatedError, UnsupportedFormatError
 from shardpoint.manifest import (
-    FORMAT_MAJOR,
-    FORMAT_MINOR,
-    FORMAT_NAME,
     MANIFEST_NAME,
     FileEntry,
-    Manifest,
     TensorEntry,
     encode_document,
 )
@@ -75,25 +71,8 @@ def open_colossal(store: Store, name: str) -> Source:
     files.sort(key=lambda file: file.path)
     states = store.read_bytes(f"{name}/{RUNNING_STATES_NAME}")
     listing = json.dumps([[file.path, file.size_bytes] for file in files]).encode()
-    manifest = Manifest(
-        format=FORMAT_NAME,
-        version=(FORMAT_MAJOR, FORMAT_MINOR),
-        # No id is stored; ranks that see other files or another position must not load together.
-        checkpoint_id=to_hex(crc64(listing)) + to_hex(crc64(states)),
-        replaces=None,
-        sequence="0" * 12,
-        name=name,
-        epoch=None,
-        step=None,
-        sample_start_index=None,
-        created_utc="",
-        library="",
-        world_size=0,
-        roles=[""],
-        metrics={},
-        files=files,
-        tensors=[],
-    )
+    # No id is stored; ranks that see other files or another position must not load together.
+    manifest = unsealed_manifest(name, files, [], to_hex(crc64(listing)) + to_hex(crc64(states)))
     return Source(store, name, manifest, sealed=False, documents={RUNNING_STATES_NAME: states})
 
 

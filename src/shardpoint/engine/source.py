@@ -176,10 +176,17 @@ def open_plain(store: Store, name: str, part: str, *, is_file: bool) -> Source:
                     "",
                 )
             )
-    manifest = Manifest(
+    return Source(store, prefix, unsealed_manifest(name, files, tensors), sealed=False, documents=documents)
+
+
+def unsealed_manifest(
+    name: str, files: list[FileEntry], tensors: list[TensorEntry], checkpoint_id: str = "0" * 32
+) -> Manifest:
+    """Return what stands for a manifest where none is stored: it lists files and tensors, and has no checksums."""
+    return Manifest(
         format=FORMAT_NAME,
         version=(FORMAT_MAJOR, FORMAT_MINOR),
-        checkpoint_id="0" * 32,
+        checkpoint_id=checkpoint_id,
         replaces=None,
         sequence="0" * 12,
         name=name,
@@ -194,7 +201,6 @@ def open_plain(store: Store, name: str, part: str, *, is_file: bool) -> Source:
         files=files,
         tensors=tensors,
     )
-    return Source(store, prefix, manifest, sealed=False, documents=documents)
 
 
 def _states(text: str, key: str) -> dict[str, tuple[str, str | None]]:

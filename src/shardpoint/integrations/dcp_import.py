@@ -21,6 +21,7 @@ from shardpoint.adapters.names import NamedModule, NamedTensor
 from shardpoint.adapters.optimizer import StateTensor
 from shardpoint.adapters.state import TrainState, as_roles
 from shardpoint.adapters.tensors import plain_values, raw_tensor, stored_bytes
+from shardpoint.adapters.torch_files import read_values
 from shardpoint.comm import SoloComm
 from shardpoint.commit import find_committed
 from shardpoint.engine import (
@@ -39,7 +40,6 @@ from shardpoint.errors import (
     MismatchError,
     NotFoundError,
     StorageError,
-    TruncatedError,
     UnsupportedFormatError,
     UsageError,
 )
@@ -179,16 +179,7 @@ class _Reader:
         except OSError as error:
             text = f"reading {place} failed: {error}"
             raise StorageError(text, key=piece.file, op="read", errno=error.errno) from error
-        try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            # torch raises RuntimeError, EOFError, UnpicklingError, ... without telling damage from what it refuses.
-            reason = str(error).strip().partition("\n")[0]
-            if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
-                text = f"{place} holds more than tensors and plain data, which loading would execute: {reason}"
-                raise UnsupportedFormatError(text) from error
-            text = f"{place} cannot be read ({type(error).__name__}: {reason})"
-            raise TruncatedError(text, key=piece.file, expected="a whole archive", actual="damage") from error
+        return read_values(io.BytesIO(data), place)
 
 
 def _below(key: str, prefix: str) -> str | None:
