@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from shardpoint import Checkpointer, TrainState
 from shardpoint.errors import MismatchError, UsageError
+from tests.distributed import awkward_parameters
 from tests.distributed.reporting import run_and_report
 from tests.optimizers import Masters, Nested
 from tests.training import bits, net, on_disk, optimizer_state, same_bits, train, weights
@@ -203,6 +204,18 @@ def check_mixed_precision(out: Path) -> None:
 
 def check_adafactor_under_ddp(out: Path) -> None:
     _next_steps(out, "ddp", lambda p: torch.optim.Adafactor(p, lr=0.05))
+
+
+def check_parameters_of_one_process_under_ddp(out: Path) -> None:
+    awkward_parameters.go_on(out.parent / "parameters", "ddp", "plain-3")
+
+
+def check_parameters_of_ddp_under_fsdp(out: Path) -> None:
+    awkward_parameters.go_on(out.parent / "parameters", "fsdp", "ddp-6")
+
+
+def check_parameters_of_fsdp_under_ddp(out: Path) -> None:
+    awkward_parameters.go_on(out.parent / "parameters", "ddp", "fsdp-9")
 
 
 def checks() -> dict[str, Callable[[Path], None]]:
