@@ -219,7 +219,7 @@ def wide(seed: int) -> nn.Module:
 def nested_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Return what `Nested` keeps, whole, as it is called on disk."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in inner.named_parameters():
         state = optimizer.state[parameter]
         momenta = state["momenta"]

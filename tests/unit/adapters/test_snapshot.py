@@ -54,7 +54,7 @@ def step(state: TrainState, number: int) -> None:
 def kept(state: TrainState) -> dict[str, torch.Tensor]:
     """Return copies of the nested tensors, as they are called on disk."""
     assert state.optimizer is not None
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in state.model.named_parameters():
         own = state.optimizer.state[parameter]
         momenta = own["momenta"]
