@@ -142,6 +142,7 @@ class Collected:
     still: set[str] = field(default_factory=set)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
+    _tied: dict[tuple[str, str], str] = field(default_factory=dict)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
     _members: list[tuple[str, str]] = field(default_factory=list)
 
@@ -206,14 +207,27 @@ class Collected:
             stem: what the files are called.
         """
         self.naming.setdefault(part, PartNaming(stem))
-        where = lora.places(named)
-        for tensor in named.tensors:
+        by_name, again = named.by_name(), lora.second_places(named)
+        where = lora.places(named) | again
+        for tensor in [*named.tensors, *(replace(by_name[named.aliases[name]], fqn=name) for name in again)]:
             place = where[tensor.fqn]
             target = part
             if place.adapter is not None:
                 target = join(adapters, place.adapter)
                 self.naming.setdefault(target, PartNaming("adapter_model", single=True))
+            if tensor.fqn in again:
+                self._tied[target, tensor.fqn] = named.aliases[tensor.fqn]
             self._add(target, tensor.fqn, None, place.key, tensor.tensor, tensor.mesh, is_stable=tensor.is_parameter)
+
+    def untied(self, manifest: Manifest) -> list[str]:
+        """Return what is one tensor here and two different ones in a checkpoint: both would be read into one memory."""
+        stored = {(entry.part, entry.fqn): entry for entry in manifest.tensors if entry.state is None}
+        found: list[str] = []
+        for (part, again), first in self._tied.items():
+            one, other = stored.get((part, first)), stored.get((part, again))
+            if one is not None and other is not None and one.crc64nvme != other.crc64nvme:
+                found.append(f"{part}: {again} is tied to {first}, and the checkpoint has other values for it")
+        return found
 
     def add_model_documents(self, named: NamedModule, part: str, adapters: str, tokenizer: Any) -> None:
         """Add the files beside the weights; only the coordinator needs to."""

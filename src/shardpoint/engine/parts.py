@@ -296,6 +296,7 @@ def load_model(model: nn.Module, path: StrPath, *, comm: Comm, strict: bool = Tr
         # The adapters' directory stands beside `modeling/`, or inside a directory that is the model itself.
         adapters = join(part.rpartition("/")[0], "adapter")
         collected.add_model(named, part, adapters)
+        collected.problems += collected.untied(source.manifest)
         parts = {part, *(join(adapters, name) for name in lora.adapter_names(named.root))}
         extra = match_extra_states(named, source.document(join(part, EXTRA_STATE_NAME)), part)
         collected.missing_of += extra.missing

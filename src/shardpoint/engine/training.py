@@ -257,6 +257,7 @@ def _add_weights(
 ) -> set[str]:
     modeling, adapters = join(role, "modeling"), join(role, "adapter")
     collected.add_model(named, modeling, adapters)
+    collected.problems += collected.untied(source.manifest)
     extra = match_extra_states(named, source.document(join(modeling, EXTRA_STATE_NAME)), modeling)
     collected.missing_of += extra.missing
     collected.unexpected_of += extra.unexpected
