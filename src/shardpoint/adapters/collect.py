@@ -48,16 +48,20 @@ class Held:
         region: the part.
         is_stable: whether nothing but an optimizer's step changes it (parameters, optimizer states).
         part: the tensor's local part, where it is known already.
+        read: for what is not in memory, reads the part anew; `tensor` is a stand-in then.
     """
 
     tensor: torch.Tensor
     region: Region
     is_stable: bool = True
     part: torch.Tensor | None = None
+    read: Callable[[], torch.Tensor] | None = None
 
     @property
     def local(self) -> torch.Tensor:
         """This rank's part, sharing the tensor's memory."""
+        if self.read is not None:
+            return self.read()
         return self.part if self.part is not None else local_tensor(self.tensor)
 
     def open(self) -> LocalBytes:
@@ -162,10 +166,7 @@ class Collected:
         *,
         is_stable: bool = True,
     ) -> None:
-        name = (part, key)
-        if name in self._names:
-            text = f"{_place(part, fqn, state)}: another tensor of this rank is called {key!r} in {part} too"
-            raise UsageError(text)
+        name = self._new_name(part, fqn, state, key)
         known, local = self.known.get(name), local_tensor(tensor)
         if known is None or not known.still_holds(tensor, local, mesh):
             known = self._look(part, fqn, state, key, tensor, mesh)
@@ -174,9 +175,31 @@ class Collected:
         if (fact.fqn, fact.state, fact.mesh) != (fqn, state, index):
             fact = replace(fact, fqn=fqn, state=state, mesh=index)
         self._facts.append(fact)
-        self._names.add(name)
         if known.region is not None:
             self.held[name] = Held(tensor, known.region, is_stable, local)
+
+    def add_unread(
+        self,
+        part: str,
+        fqn: str,
+        state: str | None,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        read: Callable[[], torch.Tensor],
+    ) -> None:
+        """Add a whole tensor that this rank alone has, and reads only when its bytes are written."""
+        key = fqn if state is None else f"{fqn}.{state}"
+        name = self._new_name(part, fqn, state, key)
+        dtype_of = dtype_name(dtype, _place(part, fqn, state))
+        self._facts.append(TensorFact(part, fqn, state, key, dtype_of, shape, None, ()))
+        self.held[name] = Held(torch.empty(0), Region.whole(shape), read=read)
+
+    def _new_name(self, part: str, fqn: str, state: str | None, key: str) -> tuple[str, str]:
+        if (part, key) in self._names:
+            text = f"{_place(part, fqn, state)}: another tensor of this rank is called {key!r} in {part} too"
+            raise UsageError(text)
+        self._names.add((part, key))
+        return part, key
 
     def _look(
         self, part: str, fqn: str, state: str | None, key: str, tensor: torch.Tensor, replicated_over: Mesh | None
