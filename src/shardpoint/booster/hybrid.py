@@ -221,6 +221,15 @@ class HybridParallelPlugin(Plugin):
             raise UsageError("no_sync: the model is not spread by HybridParallelPlugin; pass what boost() returned")
         return self._fsdp.no_sync(model) if isinstance(model, FSDPModule) else nullcontext()
 
+    def _share_of_data(self) -> tuple[int, int]:
+        rank, world_size = launch.rank_and_world()
+        self._check_ranks(world_size)
+        return rank // self.tp_size, world_size // self.tp_size  # the mesh is [dp, tp], before it is made, too
+
+    def _check_ranks(self, world_size: int) -> None:
+        if world_size % self.tp_size:
+            raise UsageError(f"HybridParallelPlugin: tp_size={self.tp_size} does not divide the {world_size} ranks")
+
     def _spread(
         self,
         model: nn.Module,
@@ -259,8 +268,7 @@ class HybridParallelPlugin(Plugin):
             options.check_master_weights(self, model, "precision='fp32'")
         repoint.check_unused(model)
         _, world_size = launch.rank_and_world()
-        if world_size % self.tp_size:
-            raise UsageError(f"HybridParallelPlugin: tp_size={self.tp_size} does not divide the {world_size} ranks")
+        self._check_ranks(world_size)
         cuts = tensor_parallel.find_cuts(model, self.tp_size) if self.tp_size > 1 else []
         alone = bool(cuts) and self.tp_size == world_size
         if optimizer is not None and names is not None:
