@@ -26,7 +26,9 @@ from shardpoint.booster import (
     TorchFSDPPlugin,
 )
 from shardpoint.errors import UsageError
+from tests.distributed import scaled_checks
 from tests.distributed.reshard_program import Pool, attempt
+from tests.distributed.scaled_checks import shared_folder
 from tests.training import bits, on_disk, whole
 
 SIZES: dict[str, Any] = {"hidden_size": 40, "intermediate_size": 54, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -320,25 +322,15 @@ def check_a_loader_goes_on_to_the_sample_under_another_plugin() -> None:
     assert steps_of(second) == expected[2:]
 
 
-OUT = Path()
-
-
-def shared_folder(name: str) -> str:
-    """Return a directory of rank 0's for the ranks that are there."""
-    place = [str(OUT / f"{name}{dist.get_world_size()}") if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(place)
-    return place[0]
-
-
 def checks() -> dict[str, Callable[[], None]]:
     """Return the checks by name."""
-    return {name.removeprefix("check_"): value for name, value in globals().items() if name.startswith("check_")}
+    found = globals() | vars(scaled_checks)
+    return {name.removeprefix("check_"): value for name, value in found.items() if name.startswith("check_")}
 
 
 def main() -> None:
     """Run every check on two ranks, where tensor parallelism is alone, and on four, where FSDP2 is over it."""
-    global OUT  # noqa: PLW0603 - the checks are functions of where they write
-    OUT = Path(sys.argv[1])
+    scaled_checks.OUT = Path(sys.argv[1])
     torch.set_num_threads(1)
     pool, report = Pool(), dict[str, str]()
     for size in (2, 4):
