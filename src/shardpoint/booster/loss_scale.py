@@ -133,7 +133,7 @@ class _ScaledSteps:
                 )
             self._overflowed = None  # what was unscaled has been thrown away, without a step
         self._is_scaled = True
-        return loss * self.loss_scale.scale
+        return loss * torch.tensor(self.loss_scale.scale, device=loss.device)  # a tensor makes float16 float32
 
     @torch.no_grad()
     def unscale(self, optimizer: Optimizer) -> None:
