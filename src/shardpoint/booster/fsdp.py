@@ -38,7 +38,7 @@ class TorchFSDPPlugin(Plugin):
             the repeated members of its module lists. `()` shards the root alone.
         mixed_precision: `"bf16"` and `"fp16"` compute in that dtype and reduce gradients in float32, while parameters
             and optimizer stay as they are; a `MixedPrecisionPolicy` says it in full. fp16 comes without loss scaling:
-            scaling the loss is the caller's.
+            scaling the loss is the caller's (a `torch.amp.GradScaler`, saved as `TrainState.grad_scaler`).
         reshard_after_forward: free the gathered parameters after a forward (True), keep them until the backward
             (False), or reshard to so many ranks (an int); None frees all but the root's.
         sync_module_states: rank 0's parameters and buffers replace the others' before sharding, as in DDP. Without it,
