@@ -33,7 +33,7 @@ class Death:
         self.at = at
         self.count = 0
         for module, name in (
-            *((os, name) for name in ("open", "rename", "replace", "mkdir", "unlink", "rmdir", "pwrite")),
+            *((os, name) for name in ("open", "rename", "replace", "mkdir", "unlink", "rmdir", "pwrite", "link")),
             (syscalls, "renameat2"),
             (syscalls, "fallocate"),
         ):
@@ -112,12 +112,23 @@ def _save_file(store: LocalStore, owner: Any) -> None:
     publish_file(attempt, "w")
 
 
+def _save_linked(name: str, fill: int, source: str) -> Callable[[LocalStore, Any], object]:
+    def change(store: LocalStore, owner: Any) -> None:
+        attempt = tiny.save(store, owner, name, fill, source)
+        if not attempt.linked:
+            raise AssertionError(f"{name} does not share a file with {source}")
+
+    return change
+
+
 SCENARIOS = {
     "first": Scenario({}, {"a": 1}, _owning(lambda store, owner: tiny.save(store, owner, "a", 1))),
     "second": Scenario({"a": 1}, {"a": 1, "b": 2}, _owning(lambda store, owner: tiny.save(store, owner, "b", 2))),
     "replace": Scenario(
         {"a": 1, "b": 2}, {"a": 3, "b": 2}, _owning(lambda store, owner: tiny.save(store, owner, "a", 3))
     ),
+    "linked": Scenario({"a": 1}, {"a": 1, "b": 1}, _owning(_save_linked("b", 1, "a"))),
+    "replace_linked": Scenario({"a": 1, "b": 2}, {"a": 1, "b": 2}, _owning(_save_linked("b", 2, "b"))),
     "prune": Scenario({"a": 1, "b": 2}, {"b": 2}, _owning(lambda store, owner: prune(store, owner, "a"))),
     "file": Scenario({"a": 1}, {"a": 1}, _owning(_save_file)),
 }

@@ -35,7 +35,7 @@ def deaths(scenario: str, renames: str, directory: Path, repo_root: Path) -> int
 
 
 @pytest.mark.parametrize("renames", ["exchange", "two"])
-@pytest.mark.parametrize("scenario", ["first", "second", "replace", "prune", "file"])
+@pytest.mark.parametrize("scenario", ["first", "second", "replace", "linked", "replace_linked", "prune", "file"])
 def test_a_death_at_every_change_leaves_the_old_or_the_new(
     scenario: str, renames: str, directory: Path, repo_root: Path
 ) -> None:

@@ -20,8 +20,9 @@ def layout() -> FileLayout:
     return layout_file([("w", "U8", (NUM_BYTES,))])
 
 
-def open_attempt(store: Store, owner: RootOwner, name: str) -> Attempt:
-    return Attempt.open(store, owner, name, files={PATH: layout()}, directories=["extra"])
+def open_attempt(store: Store, owner: RootOwner, name: str, linked_from: str | None = None) -> Attempt:
+    links = {} if linked_from is None else {PATH: f"{linked_from}/{PATH}"}
+    return Attempt.open(store, owner, name, files={PATH: layout()}, directories=["extra"], links=links)
 
 
 def write_tensors(attempt: Attempt, fill: int) -> None:
@@ -65,10 +66,11 @@ def manifest(attempt: Attempt, fill: int) -> Manifest:
     )
 
 
-def save(store: Store, owner: RootOwner, name: str, fill: int) -> Attempt:
-    """Commit a checkpoint whose every part says `fill`."""
-    attempt = open_attempt(store, owner, name)
-    write_tensors(attempt, fill)
+def save(store: Store, owner: RootOwner, name: str, fill: int, linked_from: str | None = None) -> Attempt:
+    """Commit a checkpoint whose every part says `fill`; its tensors' file may be that of another one that does."""
+    attempt = open_attempt(store, owner, name, linked_from)
+    if PATH not in attempt.linked:
+        write_tensors(attempt, fill)
     publish(attempt, documents(fill), manifest(attempt, fill))
     return attempt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -126,6 +127,53 @@ def check_every_save_holds_its_moment(out: Path) -> None:
             assert names(root) == [f"epoch-0_step-{number}" for number in (3, 4, 5)]
             other = made(plugin, 7, **options)
             with Checkpointer(root, async_save=True) as checkpointer:
+                assert checkpointer.resume(other) == RunState(0, 5, 40)
+            assert same_bits(everything(other), expected[5])
+
+
+def check_what_is_not_trained_is_linked(out: Path) -> None:
+    """A first layer that is frozen, and a base under adapters that one of the layers' adapters trains."""
+    peft = pytest.importorskip("peft")
+
+    def partly(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = Wide()
+        model.layers[0].requires_grad_(requires_grad=False)
+        return model
+
+    def adapted(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model: nn.Module = peft.get_peft_model(Wide(), peft.LoraConfig(r=2, target_modules=["layers.1"]))
+        return model
+
+    for plugin, other_plugin in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        for kind, still in ((partly, WIDTH * WIDTH * 4), (adapted, 3 * (WIDTH + 1) * WIDTH * 4)):
+            root = out / f"{plugin}-{kind.__name__}"
+
+            def run(name: str, seed: int, kind: Callable[[int], nn.Module] = kind) -> TrainState:
+                model = kind(seed)
+                optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+                model, optimizer, *_ = Booster(plugin=PLUGINS[name]()).boost(model, optimizer)
+                return TrainState(model=model, optimizer=optimizer)
+
+            state, linked, expected = run(plugin, 1), [], {}
+            with Checkpointer(root, async_save=True, keep=[Latest(2)]) as checkpointer:
+                for number in range(1, 6):
+                    step(state, number)
+                    expected[number] = everything(state)
+                    pending = save(checkpointer, state, number)
+                    step(state, 100 + number)
+                    linked.append(pending.result(WAIT_S).linked_bytes >= still)
+            assert linked == ([False, True, True, True, True] if kind is adapted else [False, False, True, True, True])
+            assert names(root) == ["epoch-0_step-4", "epoch-0_step-5"]
+            if kind is partly:
+                assert same_bits(stored(root / "epoch-0_step-5"), expected[5])
+            dist.barrier()
+            if RANK == 0:
+                shutil.rmtree(root / "epoch-0_step-4")
+            dist.barrier()
+            other = run(other_plugin, 7)
+            with Checkpointer(root) as checkpointer:
                 assert checkpointer.resume(other) == RunState(0, 5, 40)
             assert same_bits(everything(other), expected[5])
 

@@ -26,6 +26,7 @@ from shardpoint.manifest import Manifest, decode_document, encode_document
 from shardpoint.planning import PartNaming, Table, TensorFact
 
 GROUPS_NAME = "param_groups.json"
+SMALL_BYTES = 64 * 2**10
 EXTRA_STATE_NAME = "extra_state.json"
 
 
@@ -118,8 +119,8 @@ class Collected:
         checks: for a load, tell how what was put in place differs from the checkpoint, one line each.
         known: what earlier collections found; added to.
         stepped: for a save, role -> the ids of its model's tensors: an optimizer that steps one changes the role.
-        frozen: for a save, the parts of which nothing is expected to change.
-        still: those of them that nobody called frozen: the base under adapters, where nothing of it is trained.
+        frozen: for a save, the parts that their owner called frozen.
+        under_adapters: for a save, the parts that lie under adapters.
     """
 
     rank: int
@@ -139,7 +140,7 @@ class Collected:
     known: Known = field(default_factory=dict)
     stepped: dict[str, Mapping[int, str]] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
-    still: set[str] = field(default_factory=set)
+    under_adapters: set[str] = field(default_factory=set)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
@@ -160,6 +161,7 @@ class Collected:
         mesh: Mesh | None,
         *,
         is_stable: bool = True,
+        is_still: bool = False,
     ) -> None:
         name = (part, key)
         if name in self._names:
@@ -170,8 +172,8 @@ class Collected:
             known = self._look(part, fqn, state, key, tensor, mesh)
         index = None if known.mesh is None else self._meshes.setdefault(known.mesh, len(self._meshes))
         fact = known.fact
-        if (fact.fqn, fact.state, fact.mesh) != (fqn, state, index):
-            fact = replace(fact, fqn=fqn, state=state, mesh=index)
+        if (fact.fqn, fact.state, fact.mesh, fact.is_still) != (fqn, state, index, is_still):
+            fact = replace(fact, fqn=fqn, state=state, mesh=index, is_still=is_still)
         self._facts.append(fact)
         self._names.add(name)
         if known.region is not None:
@@ -196,7 +198,9 @@ class Collected:
         )
         return known
 
-    def add_model(self, named: NamedModule, part: str, adapters: str, stem: str = "model") -> None:
+    def add_model(
+        self, named: NamedModule, part: str, adapters: str, stem: str = "model", *, has_optimizer: bool = False
+    ) -> None:
         """Add a model's parameters and persistent buffers.
 
         Args:
@@ -204,16 +208,26 @@ class Collected:
             part: where base weights go.
             adapters: the directory that adapters' directories go into.
             stem: what the files are called.
+            has_optimizer: whether only an optimizer is to change parameters, so that those without a gradient are
+                still: under adapters all of them, elsewhere those of more than 64 KiB.
         """
         self.naming.setdefault(part, PartNaming(stem))
         where = lora.places(named)
+        under_adapters = bool(lora.adapter_names(named.root))
         for tensor in named.tensors:
-            place = where[tensor.fqn]
+            place, live = where[tensor.fqn], tensor.tensor
             target = part
+            is_still = has_optimizer and tensor.is_parameter and not live.requires_grad
             if place.adapter is not None:
                 target = join(adapters, place.adapter)
                 self.naming.setdefault(target, PartNaming("adapter_model", single=True))
-            self._add(target, tensor.fqn, None, place.key, tensor.tensor, tensor.mesh, is_stable=tensor.is_parameter)
+                is_still = False
+            elif not under_adapters:
+                is_still = is_still and live.numel() * live.element_size() > SMALL_BYTES
+            self._add(
+                target, tensor.fqn, None, place.key, live, tensor.mesh,
+                is_stable=tensor.is_parameter, is_still=is_still,
+            )  # fmt: skip
 
     def add_model_documents(self, named: NamedModule, part: str, adapters: str, tokenizer: Any) -> None:
         """Add the files beside the weights; only the coordinator needs to."""
@@ -314,15 +328,14 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
         modeling, adapters = join(role, "modeling"), join(role, "adapter")
         named = name_tensors(state.model)
         collected.stepped[role] = named.names
-        collected.add_model(named, modeling, adapters)
+        collected.add_model(named, modeling, adapters, has_optimizer=state.optimizer is not None)
         collected.add_extra_state(named, modeling)
         if is_coordinator:
             collected.add_model_documents(named, modeling, adapters, state.tokenizer)
         if state.optimizer is not None:
             collected.add_optimizer(state.optimizer, named, join(role, "optimizer"))
-            if lora.has_still_base(named):
-                collected.still.add(modeling)
-                collected.frozen.add(modeling)
+            if lora.adapter_names(named.root):
+                collected.under_adapters.add(modeling)
         if state.lr_scheduler is not None:
             path = join(role, "lr_scheduler.json")
             collected.documents[path] = scheduler_document(state.lr_scheduler, path)

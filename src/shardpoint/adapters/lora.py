@@ -79,18 +79,6 @@ def places(named: NamedModule) -> dict[str, Place]:
     return {tensor.fqn: _place(tensor.fqn, layers) for tensor in named.tensors}
 
 
-def has_still_base(named: NamedModule) -> bool:
-    """Tell whether a model has adapters, and nothing of the base model under them is trained or is a buffer.
-
-    An optimizer never steps a parameter that requires no gradient.
-    """
-    if not adapter_names(named.root):
-        return False
-    where = places(named)
-    base = [tensor for tensor in named.tensors if where[tensor.fqn].adapter is None]
-    return bool(base) and all(tensor.is_parameter and not tensor.tensor.requires_grad for tensor in base)
-
-
 def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
     """Return the path of each peft layer -> the attributes that hold adapters' parameters."""
     tuner = _peft_class("peft.tuners.tuners_utils", "BaseTunerLayer")

@@ -11,7 +11,7 @@ once before the save returns and once more when its role is staged. A step count
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,11 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from shardpoint.adapters.collect import Collected, Held
+from shardpoint.adapters.collect import SMALL_BYTES, Collected, Held
 from shardpoint.adapters.state import TrainState
 from shardpoint.adapters.tensors import flat_bytes
 from shardpoint.errors import TornSnapshotError
 
-SMALL_BYTES = 64 * 2**10
 NUM_SAMPLES = 16
 SAMPLE_BYTES = 256
 _MAX_PROBES = 8
@@ -78,21 +77,16 @@ class Snapshot:
         stepped: role -> ids of the tensors that a step of its optimizer changes.
         samples: role -> a few bytes of what is staged later.
         probes: role -> step counters on the host, with their values.
-        still: a few bytes of what is not trained (the base under adapters), which is read when its turn comes.
-        small_still: tensors of that which are too small to be sampled, with copies of their bytes.
     """
 
     held: dict[Name, Held]
     stepped: Mapping[str, Mapping[int, str]]
     samples: dict[str, list[_Samples]] = field(default_factory=dict)
     probes: dict[str, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
-    still: list[_Samples] = field(default_factory=list)
-    small_still: list[tuple[Name, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
-    @property
-    def has_still(self) -> bool:
-        """Whether something is read when its turn comes that nobody called frozen."""
-        return bool(self.still or self.small_still)
+    def thaws(self, names: Collection[Name]) -> bool:
+        """Tell whether one of some tensors, which are read late since no step changed them, is trained by now."""
+        return any(self.held[name].tensor.requires_grad for name in names if name in self.held)
 
     def roles_of(self, optimizer: Optimizer) -> list[str]:
         """Return the roles that a step of this optimizer changes."""
@@ -122,15 +116,20 @@ class Snapshot:
         )
         raise TornSnapshotError(text)
 
-    def check_still(self) -> None:
+    def check_late(self, names: Collection[Name]) -> None:
         """Compare what is not trained with what it was when the save was asked for; it has all been read now.
+
+        Args:
+            names: what was read late; of them, what was copied at once cannot have changed.
 
         Raises:
             TornSnapshotError: something changed meanwhile.
         """
+        if not names:
+            return
+        every = [samples for of_role in self.samples.values() for samples in of_role]
         with torch.no_grad():
-            changed = [name for samples in self.still for name in samples.changed()]
-            changed += [name for name, live, copy in self.small_still if not torch.equal(_bytes_of(live), copy)]
+            changed = [name for samples in every for name in samples.changed() if name in names]
         if changed:
             text = (
                 f"{len(changed)} weights that are not trained changed before they were saved (first {changed[0][0]}: "
@@ -162,12 +161,6 @@ def take_snapshot(collected: Collected, roles: Mapping[str, TrainState], arena: 
         later = _copy_now(snapshot, collected, arena)
         for role, samples in _samples(later, roles):
             snapshot.samples.setdefault(role, []).append(samples)
-        still = [(name, held.local) for name, held in collected.held.items() if name[0] in collected.still]
-        large = [item for item in still if _can_be_sampled(item[1])]
-        snapshot.still = [samples for _, samples in _samples(large, roles)]
-        snapshot.small_still = [
-            (name, local, _bytes_of(local).clone()) for name, local in still if not _can_be_sampled(local)
-        ]
     for role, state in roles.items():
         snapshot.probes[role] = list(_probes(state.optimizer))
     return snapshot

@@ -65,6 +65,11 @@ class _Job:
     is_staged: bool = False
     has_failed: bool = False
 
+    @property
+    def read_late(self) -> frozenset[tuple[str, str]]:
+        """What is read at the end, since no step changes it."""
+        return frozenset() if self.agreed is None else self.agreed.read_late
+
     def has_ended_staging(self) -> bool:
         return self.is_staged
 
@@ -78,8 +83,8 @@ class _Job:
         with self.changed:
             self.is_staged = True
             self.changed.notify_all()
-        if self.snapshot is not None and self.snapshot.has_still:
-            return  # steps may go on; what else changes weights waits until the still ones have been read, at the end
+        if self.read_late:
+            return  # steps may go on; what else changes weights waits until it has been read, at the end
         landings = list(self.landings.values())
 
         def wait() -> None:
@@ -87,6 +92,11 @@ class _Job:
                 landing.wait()
 
         self.pending.finish_staging(wait)
+
+    def check_late(self) -> None:
+        """Compare what was read at the end; raises as `Snapshot.check_late`."""
+        if self.snapshot is not None:
+            self.snapshot.check_late(self.read_late)
 
     def wait_for(self, role: str) -> None:
         """Return once a step may change a role."""
@@ -192,7 +202,7 @@ class BackgroundSaver:
             def collect() -> Collected:
                 return collected
 
-        quiet = replace(request, collect=collect)
+        quiet = replace(request, collect=collect, in_background=True)
         attempt = SaveAttempt(
             self._store,
             quiet,
@@ -234,14 +244,18 @@ class BackgroundSaver:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         with self._changed:
-            jobs = [job for job in self._jobs if not job.is_staged]
+            jobs = list(self._jobs)
         for job in jobs:
             if job.snapshot is None:
                 continue
-            for role in job.snapshot.roles_of(optimizer):
-                began = time.monotonic()
+            began = time.monotonic()
+            for role in () if job.is_staged else job.snapshot.roles_of(optimizer):
                 job.wait_for(role)
-                job.pending.add_blocked(time.monotonic() - began)
+            # Order: after that wait, since what is read late is known once the ranks have agreed.
+            if job.snapshot.thaws(job.read_late):
+                with self._changed:
+                    self._changed.wait_for(lambda job=job: job not in self._jobs)  # type: ignore[misc]
+            job.pending.add_blocked(time.monotonic() - began)
 
     # The staging thread.
 
@@ -309,8 +323,9 @@ class BackgroundSaver:
                 # Staging has the cores' and the memory's time first: it is what a step may have to wait for.
                 self._pool.wait_until(job.has_ended_staging)
                 opened = job.attempt.open(self._write_comm, job.agreed)
-                still = None if job.snapshot is None else job.snapshot.check_still
-                result = job.attempt.commit(self._write_comm, job.agreed, opened, self._chunks(job), check=still)
+                result = job.attempt.commit(
+                    self._write_comm, job.agreed, opened, self._chunks(job), check=job.check_late
+                )
                 self._after_commit(self._write_comm)
             except BaseException as error:  # noqa: BLE001 - told by `result`
                 job.has_failed = True

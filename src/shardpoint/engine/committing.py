@@ -12,6 +12,7 @@ from shardpoint.checksum import combine, crc64, merge_packed, to_hex, whole_tens
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, publish, publish_file
 from shardpoint.engine.evidence import Evidence, merge_evidence
+from shardpoint.engine.linking import unchanged_files
 from shardpoint.engine.opening import CoordinatorState, SaveRequest
 from shardpoint.errors import CommitUnknownError, DistributedError, TornSnapshotError
 from shardpoint.manifest import (
@@ -142,6 +143,7 @@ def commit_votes(
         commit_or_unknown(attempt, lambda: publish_file(attempt, layout.files[0].path))
     else:
         commit_or_unknown(attempt, lambda: publish(attempt, {}, manifest))
+    coordinator.proven = unchanged_files(coordinator.last, layout, files)
     total = sum(entry.size_bytes for entry in files)
     linked_bytes = sum(entry.size_bytes for entry in files if entry.linked)
     notes = list(dict.fromkeys([*attempt.notes, *written.notes]))

@@ -12,7 +12,6 @@ from shardpoint.engine.ballots import agree
 from shardpoint.engine.opening import AgreedSave, CoordinatorState, OpenSave
 from shardpoint.engine.writing import PieceSums, StagedChunk, stage_chunks
 from shardpoint.errors import DistributedError
-from shardpoint.planning import MergedTable
 from shardpoint.storage import BufferPool
 
 _NUM_BUFFERS = 4
@@ -35,7 +34,7 @@ def checksum_frozen(
     pool: BufferPool,
     look: Callable[[int, memoryview], None],
 ) -> None:
-    """Have the coordinator know the checksum of every tensor of the frozen parts, as it is now.
+    """Have the coordinator know the checksum of every tensor of the frozen files, as it is now.
 
     Args:
         comm: the ranks.
@@ -49,9 +48,9 @@ def checksum_frozen(
         PeerError: a rank failed.
 
     Collective:
-        All ranks: one round, if anything is frozen.
+        All ranks: one round, if anything may be frozen.
     """
-    if not agreed.own.frozen:
+    if not agreed.checks_frozen:
         return
 
     def work() -> _Sums:
@@ -68,15 +67,16 @@ def checksum_frozen(
         return _Sums(pack_partials(sums.partials(agreed.table)))
 
     def decide(ballots: Sequence[_Sums]) -> bool:
-        coordinator.frozen_crcs = _whole(agreed.table, agreed.own.frozen, _merge(ballots).partials)
+        coordinator.frozen_crcs = _whole(agreed, _merge(ballots).partials)
         return True
 
     agree(comm, "save: frozen", work, _Sums, decide, bool, _merge)
 
 
-def _whole(table: MergedTable, frozen: set[str], partials: bytes) -> dict[int, int]:
+def _whole(agreed: AgreedSave, partials: bytes) -> dict[int, int]:
+    table, plan = agreed.table, agreed.plan
     whole = whole_tensors([partials], [entry.num_bytes for entry in table.entries])
-    indices = [index for index, entry in enumerate(table.entries) if entry.part in frozen]
+    indices = [index for index, placed in enumerate(plan.layout.tensors) if placed.file in plan.frozen_files]
     holes = [table.entries[index].label for index in indices if not whole.covered[index]]
     if holes:
         text = f"the ranks together do not hold every byte exactly once of {holes[:3]} ({len(holes)} tensors in all)"
@@ -85,7 +85,7 @@ def _whole(table: MergedTable, frozen: set[str], partials: bytes) -> dict[int, i
 
 
 def stage_frozen(agreed: AgreedSave, opened: OpenSave, buffer_bytes: int) -> Iterator[StagedChunk]:
-    """Stage what this rank writes of frozen parts, in files that could not be linked.
+    """Stage what this rank writes of frozen files that could not be linked.
 
     It is read from the live tensors, whenever its turn comes: nothing changes them.
 

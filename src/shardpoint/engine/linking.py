@@ -7,13 +7,13 @@ other. One inode is one copy on the device, though: after `MAX_LINKED` checkpoin
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardpoint.checksum import combine, crc64, to_hex
-from shardpoint.commit import committed_checkpoints
+from shardpoint.commit import Committed, committed_checkpoints
 from shardpoint.events import Event, Listener
-from shardpoint.manifest import Manifest
+from shardpoint.manifest import FileEntry, Manifest
 from shardpoint.planning import Layout, MergedTable
 from shardpoint.storage import Store
 
@@ -34,11 +34,16 @@ class Linkable:
     linked: int
 
 
+def last_checkpoint(store: Store) -> Committed | None:
+    """Return the checkpoint that was committed last, of those whose manifest can be read."""
+    return next((item for item in reversed(committed_checkpoints(store)) if item.manifest is not None), None)
+
+
 def find_linkable(
-    store: Store,
+    last: Committed | None,
     table: MergedTable,
     layout: Layout,
-    files: Sequence[int],
+    files: Collection[int],
     crcs: Mapping[int, int],
     name: str,
     listener: Listener,
@@ -46,7 +51,7 @@ def find_linkable(
     """Return the files of the last committed checkpoint that have the wanted bytes, by the number of the file.
 
     Args:
-        store: the root.
+        last: the last committed checkpoint.
         table: the merged table.
         layout: where everything lies.
         files: which files are looked for.
@@ -54,13 +59,10 @@ def find_linkable(
         name: of the checkpoint that is being saved, for the listener.
         listener: told of files whose tensors are no longer what the last checkpoint has.
     """
-    if not files:
-        return {}
-    last = next((item for item in reversed(committed_checkpoints(store)) if item.manifest is not None), None)
     if last is None or last.manifest is None:
         return {}
     found: dict[int, Linkable] = {}
-    for number in files:
+    for number in sorted(files):
         planned = layout.files[number]
         entry = last.manifest.file(planned.path)
         if entry is None:
@@ -71,12 +73,36 @@ def find_linkable(
         for index in indices:
             wanted = combine(wanted, crcs[index], layout.tensors[index].num_bytes)
         if entry.size_bytes != planned.layout.num_bytes or entry.crc64nvme != to_hex(wanted):
-            what = f"{planned.path} is of a model that does not train, and is not what {last.name} has"
-            text = f"{what} ({_changed(last.manifest, table, indices, crcs)}): it is written again in {name}"
-            listener(Event("frozen_changed", text, name, logging.WARNING))
+            # What is still only for now may have been trained until the last save: then it lay with other tensors.
+            if not planned.is_still or _holds(last.manifest, planned.path, {table.entries[i].key for i in indices}):
+                what = f"{planned.path} has tensors that do not train, and is not what {last.name} has"
+                text = f"{what} ({_changed(last.manifest, table, indices, crcs)}): it is written again in {name}"
+                listener(Event("frozen_changed", text, name, logging.WARNING))
         elif entry.linked < MAX_LINKED:
             found[number] = Linkable(f"{last.key}/{planned.path}", entry.linked + 1)
     return found
+
+
+def unchanged_files(last: Committed | None, layout: Layout, files: Sequence[FileEntry]) -> frozenset[str]:
+    """Return the files of still tensors that have the same bytes as in the last checkpoint.
+
+    Args:
+        last: the checkpoint before this one.
+        layout: of this one.
+        files: of this one; those of the layout in its order, perhaps others behind them.
+    """
+    if last is None or last.manifest is None:
+        return frozenset()
+    before = {entry.path: (entry.size_bytes, entry.crc64nvme) for entry in last.manifest.files}
+    return frozenset(
+        entry.path
+        for planned, entry in zip(layout.files, files, strict=False)
+        if planned.is_still and before.get(entry.path) == (entry.size_bytes, entry.crc64nvme)
+    )
+
+
+def _holds(manifest: Manifest, path: str, keys: set[str]) -> bool:
+    return {tensor.key for tensor in manifest.tensors if manifest.files[tensor.file].path == path} == keys
 
 
 def _changed(manifest: Manifest, table: MergedTable, indices: Sequence[int], crcs: Mapping[int, int]) -> str:

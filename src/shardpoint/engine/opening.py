@@ -5,8 +5,9 @@ Two steps, since what is staged follows from the structure alone: a save behind 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -14,9 +15,9 @@ import msgspec
 from shardpoint.adapters.collect import GROUPS_NAME, Collected, join
 from shardpoint.adapters.state import RunState
 from shardpoint.comm import Comm
-from shardpoint.commit import Attempt, RootOwner, acquire_root
+from shardpoint.commit import Attempt, Committed, RootOwner, acquire_root
 from shardpoint.engine.ballots import agree
-from shardpoint.engine.linking import find_linkable
+from shardpoint.engine.linking import find_linkable, last_checkpoint
 from shardpoint.engine.plans import SavePlan
 from shardpoint.engine.structure import (
     StructureBallot,
@@ -60,6 +61,7 @@ class SaveRequest:
         max_file_bytes: the largest tensor file.
         as_file: commit the only tensor file itself, not a directory.
         check_replicas: how much of what several ranks hold is compared.
+        in_background: whether the training goes on meanwhile.
     """
 
     name: str
@@ -71,6 +73,7 @@ class SaveRequest:
     max_file_bytes: int = MAX_FILE_BYTES
     as_file: bool = False
     check_replicas: ReplicaCheck = "sampled"
+    in_background: bool = False
 
 
 class Documents(msgspec.Struct, frozen=True):
@@ -104,6 +107,7 @@ class AgreedSave:
         document_senders: the ranks whose documents differ from those of every lower one.
         one_host: whether all ranks run on one kernel.
         planned: the merged table and what this rank does; or why this rank cannot take part, which its next round says.
+        checks_frozen: whether a round tells the checksums of what is frozen.
     """
 
     own: Collected
@@ -111,6 +115,7 @@ class AgreedSave:
     document_senders: list[int]
     one_host: bool
     planned: tuple[MergedTable, SavePlan] | Exception
+    checks_frozen: bool
 
     @property
     def table(self) -> MergedTable:
@@ -121,6 +126,18 @@ class AgreedSave:
     def plan(self) -> SavePlan:
         """What this rank does; raises what planning raised."""
         return self._planned()[1]
+
+    @cached_property
+    def read_late(self) -> frozenset[tuple[str, str]]:
+        """The tensors, by part and key, that are read at the end of the save though nobody called them frozen."""
+        if isinstance(self.planned, Exception):
+            return frozenset()  # nothing is read at all
+        table, plan = self.planned
+        return frozenset(
+            (entry.part, entry.key)
+            for entry, placed in zip(table.entries, plan.layout.tensors, strict=True)
+            if placed.file in plan.frozen_files and entry.part not in self.own.frozen
+        )
 
     def _planned(self) -> tuple[MergedTable, SavePlan]:
         if isinstance(self.planned, Exception):
@@ -181,8 +198,10 @@ class CoordinatorState:
         merged: the table of all ranks.
         layout: where everything lies.
         documents: path -> contents, for the files that no rank wrote.
-        frozen_crcs: entry -> checksum, of the tensors of frozen parts as they are now.
+        frozen_crcs: entry -> checksum, of the tensors of frozen files as they are now.
         linked: file -> how many checkpoints in a row have had it.
+        last: the last checkpoint, where it matters.
+        proven: once it is committed, the files of still tensors that have the bytes that the last one has.
     """
 
     owner: RootOwner | None = None
@@ -192,6 +211,8 @@ class CoordinatorState:
     documents: dict[str, bytes] = field(default_factory=dict)
     frozen_crcs: dict[int, int] = field(default_factory=dict)
     linked: dict[int, int] = field(default_factory=dict)
+    last: Committed | None = None
+    proven: frozenset[str] = frozenset()
 
 
 def agree_on_structure(comm: Comm, request: SaveRequest, cache: StructureCache, buffer_bytes: int) -> AgreedSave:
@@ -228,7 +249,8 @@ def agree_on_structure(comm: Comm, request: SaveRequest, cache: StructureCache, 
     own, documents = collected
     tables = exchange_tables(comm, "save: tables", own.table, structure)
     planned = _planned(comm, request, own, structure, tables, cache, buffer_bytes)
-    return AgreedSave(own, documents, structure.document_senders, structure.one_host, planned)
+    checks_frozen = _checks_frozen(request, own, structure.proven, planned)
+    return AgreedSave(own, documents, structure.document_senders, structure.one_host, planned, checks_frozen)
 
 
 def _planned(
@@ -243,11 +265,39 @@ def _planned(
     """Return what this rank does, or an error. Order: never raised between rounds; the others would wait for us."""
     try:
         merged = settle(cache, structure, own.table, tables, None, comm.world_size)
-        naming, frozen = _naming(own, merged), frozenset(own.frozen)
+        naming = _naming(own, merged)
+        layout = cache.plans.layout(merged, naming, request.max_file_bytes)
+        frozen = _frozen_files(layout, request, own, structure.proven)
         plan = cache.plans.plan(merged, naming, request.max_file_bytes, comm.rank, buffer_bytes, frozen)
     except Exception as error:  # noqa: BLE001 - see above
         return error
     return merged, plan
+
+
+def _frozen_files(layout: Layout, request: SaveRequest, own: Collected, proven: Collection[str]) -> frozenset[int]:
+    """Return the files that are checksummed where they are, and written only where no earlier file has their bytes.
+
+    What is still may be changed all the same, by what is no optimizer (averages of weights, a router's bias). Where the
+    training goes on meanwhile, that must have been staged before the next step ends; so it is trusted only where it
+    lies under adapters, or has been found unchanged by the last save.
+    """
+    return frozenset(
+        number
+        for number, file in enumerate(layout.files)
+        if file.part in own.frozen
+        or (file.is_still and (not request.in_background or file.part in own.under_adapters or file.path in proven))
+    )
+
+
+def _checks_frozen(
+    request: SaveRequest, own: Collected, proven: Collection[str], planned: tuple[MergedTable, SavePlan] | Exception
+) -> bool:
+    """Tell whether anything may be frozen: the same on all ranks, also on one that could not lay out files."""
+    known = own.table.facts if isinstance(planned, Exception) else planned[0].entries
+    is_trusted = not request.in_background or bool(proven)
+    return any(
+        item.part in own.frozen or (item.is_still and (is_trusted or item.part in own.under_adapters)) for item in known
+    )
 
 
 def open_save(
@@ -314,7 +364,8 @@ def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
     }
     position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
     # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
-    frozen = f", frozen {sorted(collected.frozen)}" if collected.frozen else ""
+    named = sorted(collected.frozen | collected.under_adapters)
+    frozen = f", frozen {named}" if named else ""
     what = f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}{frozen}"
     return f"{what}, replicas {request.check_replicas}"
 
@@ -346,8 +397,10 @@ def _open(
             coordinator.documents[join(part, naming.index_name)] = index_document(layout, part)
     if coordinator.owner is None:
         coordinator.owner = acquire_root(store, listener=listener)
+    if agreed.plan.frozen_files or any(file.is_still for file in layout.files):
+        coordinator.last = last_checkpoint(store)
     found = find_linkable(
-        store, merged, layout, agreed.plan.frozen_files, coordinator.frozen_crcs, request.name, listener
+        coordinator.last, merged, layout, agreed.plan.frozen_files, coordinator.frozen_crcs, request.name, listener
     )
     directories = {path.rpartition("/")[0] for path in (*coordinator.documents, *own.rank_documents)} - {""}
     coordinator.attempt = Attempt.open(

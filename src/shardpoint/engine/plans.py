@@ -48,7 +48,7 @@ class SavePlan:
         items: what this rank owns.
         chunks: what this rank stages and writes, in order.
         small_chunks: on the coordinator, the gathered tensors, which it stages and writes once it has them.
-        frozen_chunks: what this rank owns of files of frozen parts; written where a file cannot be linked.
+        frozen_chunks: what this rank owns of files that are not expected to change; written where one cannot be linked.
         frozen_files: those files, by index.
         gathered: the small tensors whose parts go to the coordinator, by index.
         sent_runs: this rank's runs of them, as they travel.
@@ -61,7 +61,7 @@ class SavePlan:
     chunks: list[Chunk]
     small_chunks: list[Chunk]
     frozen_chunks: list[Chunk]
-    frozen_files: tuple[int, ...]
+    frozen_files: frozenset[int]
     gathered: tuple[int, ...]
     sent_runs: RunTable
     sent_local: list[tuple[int, int, int]]
@@ -77,19 +77,19 @@ class SavePlan:
         return list(heapq.merge(self.chunks, self.small_chunks, frozen, key=lambda chunk: chunk.file))
 
     def unlinked_chunks(self, linked: Container[int]) -> list[Chunk]:
-        """Return what this rank writes of frozen parts."""
+        """Return what this rank writes of frozen files."""
         return [chunk for chunk in self.frozen_chunks if chunk.file not in linked]
 
 
 def make_plan(
-    table: MergedTable, layout: Layout, rank: int, buffer_bytes: int, frozen: frozenset[str] = frozenset()
+    table: MergedTable, layout: Layout, rank: int, buffer_bytes: int, frozen: frozenset[int] = frozenset()
 ) -> SavePlan:
-    """Plan one rank's part."""
+    """Plan one rank's part; `frozen` are the files of which nothing is expected to change, by index."""
     items = tuple(owned_items(table, rank))
-    gathered = tuple(index for index in gathered_entries(table) if table.entries[index].part not in frozen)
+    gathered = tuple(index for index in gathered_entries(table) if layout.tensors[index].file not in frozen)
     written, sent = split_items(items, gathered)
-    still = [item for item in written if table.entries[item.entry].part in frozen]
-    moving = [item for item in written if table.entries[item.entry].part not in frozen]
+    still = [item for item in written if layout.tensors[item.entry].file in frozen]
+    moving = [item for item in written if layout.tensors[item.entry].file not in frozen]
     small = whole_items(table, gathered) if rank == 0 else []
     runs, local = tabulate_runs(table, sent)
     return SavePlan(
@@ -98,7 +98,7 @@ def make_plan(
         plan_chunks(table, layout, moving, buffer_bytes),
         plan_chunks(table, layout, small, buffer_bytes),
         plan_chunks(table, layout, still, buffer_bytes),
-        tuple(number for number, file in enumerate(layout.files) if file.part in frozen),
+        frozen,
         gathered,
         runs,
         local,
@@ -131,7 +131,7 @@ class PlanCache:
         max_file_bytes: int,
         rank: int,
         buffer_bytes: int = BUFFER_BYTES,
-        frozen: frozenset[str] = frozenset(),
+        frozen: frozenset[int] = frozenset(),
     ) -> SavePlan:
         """Return what a rank does in a save of a structure.
 
@@ -141,7 +141,7 @@ class PlanCache:
             max_file_bytes: the largest file.
             rank: whose plan.
             buffer_bytes: the size of a staging buffer, a multiple of 4096.
-            frozen: the parts of which nothing is expected to change.
+            frozen: the files of which nothing is expected to change, by index.
 
         Raises:
             UsageError: as `plan_files` says.

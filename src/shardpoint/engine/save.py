@@ -151,6 +151,7 @@ class SaveAttempt:
 
     def abandon(self, error: BaseException) -> None:
         """Delete what was made, unless it may have been committed."""
+        self._cache.proven = frozenset()  # what was still until now may have torn the snapshot
         # Order: an attempt whose verdict is unknown is left to the next owner of the root.
         if self._coordinator.attempt is not None and not isinstance(error, CommitUnknownError):
             self._coordinator.attempt.abandon(error)
@@ -263,7 +264,9 @@ class SaveAttempt:
         assert written is not None and merged is not None  # noqa: S101, PT018 - opened and voted before
         evidence = written.evidence
         suspect = suspicion(merged, evidence.not_finite, details, num_differing=len(evidence.differing()))
-        return commit_votes(comm, self._request, written, self._coordinator, suspect)
+        committed = commit_votes(comm, self._request, written, self._coordinator, suspect)
+        self._cache.proven = self._coordinator.proven
+        return committed
 
     def _write(
         self,
@@ -297,7 +300,7 @@ class SaveAttempt:
                     comm.progress,
                     chunks_of=[
                         make_plan(
-                            agreed.table, plan.layout, rank, self._pool.buffer_bytes, frozenset(agreed.own.frozen)
+                            agreed.table, plan.layout, rank, self._pool.buffer_bytes, plan.frozen_files
                         ).all_chunks(opened.linked)
                         for rank in range(comm.world_size)
                     ],
@@ -318,10 +321,10 @@ class SaveAttempt:
 
     def _look_at(self, agreed: AgreedSave) -> Callable[[int, memoryview], None]:
         """Return what looks at staged bytes; gathered and frozen tensors were looked at before."""
-        gathered, frozen, entries = frozenset(agreed.plan.gathered), agreed.own.frozen, agreed.table.entries
+        gathered, frozen, placed = frozenset(agreed.plan.gathered), agreed.plan.frozen_files, agreed.plan.layout.tensors
 
         def look(entry: int, data: memoryview) -> None:
-            if entry not in gathered and entries[entry].part not in frozen:
+            if entry not in gathered and placed[entry].file not in frozen:
                 self.examination.look(entry, data)
 
         return look

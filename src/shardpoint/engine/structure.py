@@ -48,12 +48,14 @@ class StructureVerdict(msgspec.Struct, frozen=True):
         table_senders: lowest rank of each kind of table -> the ranks of that kind; empty when all have it cached.
         document_senders: lowest rank of each kind of documents.
         one_host: whether all ranks run on one kernel.
+        proven: paths of the files that the last save found to have the bytes that they had before.
     """
 
     key: bytes
     table_senders: list[tuple[int, list[int]]]
     document_senders: list[int]
     one_host: bool
+    proven: list[str] = []
 
 
 @dataclass
@@ -62,9 +64,12 @@ class StructureCache:
 
     Attributes:
         plans: what follows from them.
+        proven: on the coordinator, the files of still tensors that the last save found to have the bytes of the
+            checkpoint before it; empty after a save that failed.
     """
 
     plans: PlanCache = field(default_factory=PlanCache)
+    proven: frozenset[str] = frozenset()
     _merged: OrderedDict[bytes, MergedTable] = field(default_factory=OrderedDict)
     _key_of: dict[bytes, bytes] = field(default_factory=dict)
 
@@ -103,7 +108,7 @@ def decide_structure(ballots: Sequence[StructureBallot], cache: StructureCache) 
     cached = cache.get(key) is not None and all(ballot.known == key for ballot in ballots)
     senders = [] if cached else [(ranks[0], ranks) for ranks in kinds.values()]
     one_host = len({ballot.host for ballot in ballots}) == 1
-    return StructureVerdict(key, senders, sorted(documents.values()), one_host)
+    return StructureVerdict(key, senders, sorted(documents.values()), one_host, sorted(cache.proven))
 
 
 def exchange_tables(comm: Comm, topic: str, own: Table, structure: StructureVerdict) -> list[tuple[list[int], bytes]]:

@@ -33,6 +33,7 @@ class TensorFact:
         shape: logical global shape.
         mesh: index into the table's meshes, or None: a plain tensor, which nothing guarantees to be equal across ranks.
         placements: one per mesh axis; empty without a mesh.
+        is_still: whether no step of its role's optimizer can change it, so that it is put into files of its own.
     """
 
     part: str
@@ -43,6 +44,7 @@ class TensorFact:
     shape: tuple[int, ...]
     mesh: int | None = None
     placements: tuple[Placement, ...] = ()
+    is_still: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor, as all ranks together know it."""
+    """One tensor, as all ranks together know it; still where it is so on every rank that has it."""
 
     part: str
     fqn: str
@@ -137,6 +139,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     holdings: tuple[Holding, ...]
+    is_still: bool = False
 
     @cached_property
     def num_bytes(self) -> int:
@@ -163,12 +166,13 @@ class MergedTable:
         # Most tensors are held in one of a few ways: each way, with its thousands of ranks, is told once.
         number_of: dict[tuple[Holding, ...], int] = {}
         seen: dict[int, int] = {}
-        rows: list[tuple[str, str, str | None, str, str, tuple[int, ...], int]] = []
+        rows: list[tuple[str, str, str | None, str, str, tuple[int, ...], bool, int]] = []
         for entry in self.entries:
             number = seen.get(id(entry.holdings))
             if number is None:
                 number = seen[id(entry.holdings)] = number_of.setdefault(entry.holdings, len(number_of))
-            rows.append((entry.part, entry.fqn, entry.state, entry.key, entry.dtype, entry.shape, number))
+            named = (entry.part, entry.fqn, entry.state, entry.key, entry.dtype, entry.shape)
+            rows.append((*named, entry.is_still, number))
         told = (list(number_of), rows, self.world_size, sorted(self.members))
         return hashlib.sha256(msgspec.msgpack.encode(told)).digest()
 
@@ -204,6 +208,8 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
                 merged[name] = (fact, (where,))
                 continue
             first, places = known
+            if first.is_still and not fact.is_still:
+                first = fact
             clean = clean and places[-1][0] != source and _identity(first) == _identity(fact)
             merged[name] = (first, (*places, where))
     holdings: dict[_Where, tuple[Holding, ...]] = {}
@@ -215,7 +221,7 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
     if not clean or len({(fact.part, fact.fqn, fact.state) for fact, _ in merged.values()}) != len(merged):
         raise UsageError("the ranks do not describe the same tensors:\n  " + "\n  ".join(_conflicts(tables)))
     entries = tuple(
-        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, holdings[places])
+        Entry(fact.part, fact.fqn, fact.state, fact.key, fact.dtype, fact.shape, holdings[places], fact.is_still)
         for fact, places in merged.values()
     )
     members = frozenset(member for _, table in tables for member in table.members)

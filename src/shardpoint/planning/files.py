@@ -49,11 +49,12 @@ class PartNaming:
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One tensor file, relative to the checkpoint."""
+    """One tensor file, relative to the checkpoint; still where every tensor in it is."""
 
     path: str
     part: str
     layout: FileLayout
+    is_still: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,9 @@ class Layout:
 def plan_files(table: MergedTable, naming: Mapping[str, PartNaming], max_file_bytes: int) -> Layout:
     """Lay out every tensor.
 
+    Tensors that are still share no file with others, and come first: a later checkpoint may have the same file. Only
+    where a part has a single file do both share it.
+
     Args:
         table: the merged table.
         naming: part -> how its files are called.
@@ -110,7 +114,8 @@ def plan_files(table: MergedTable, naming: Mapping[str, PartNaming], max_file_by
             path = f"{part}/{name}" if part else name
             for tensor in layout.tensors:
                 placed[by_key[tensor.name]] = PlacedTensor(len(files), tensor.byte_offset, tensor.num_bytes)
-            files.append(PlannedFile(path, part, layout))
+            is_still = bool(shard) and all(table.entries[i].is_still for i in shard)
+            files.append(PlannedFile(path, part, layout, is_still))
     unplaced = [entry.part for index, entry in enumerate(table.entries) if index not in placed]
     if unplaced:
         text = f"tensors belong to parts without a name for their files: {sorted(set(unplaced))}"
@@ -129,15 +134,20 @@ def _stored(entry: Entry) -> tuple[str, tuple[int, ...]]:
 
 
 def _split(indices: list[int], table: MergedTable, max_file_bytes: int, *, single: bool) -> list[list[int]]:
-    shards: list[list[int]] = [[]] if single else []
-    used = 0
-    for index in indices:
-        num_bytes = table.entries[index].num_bytes
-        if not shards or (not single and used and used + num_bytes > max_file_bytes):
-            shards.append([])
-            used = 0
-        shards[-1].append(index)
-        used += num_bytes
+    if single:
+        return [indices]
+    shards: list[list[int]] = []
+    for is_still in (True, False):
+        used: int | None = None  # a kind of tensors begins with a new file
+        for index in indices:
+            entry = table.entries[index]
+            if entry.is_still != is_still:
+                continue
+            if used is None or (used and used + entry.num_bytes > max_file_bytes):
+                shards.append([])
+                used = 0
+            shards[-1].append(index)
+            used += entry.num_bytes
     return shards
 
 
