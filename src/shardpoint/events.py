@@ -18,13 +18,13 @@ class Event:
 
     Attributes:
         kind: a stable word: `"committed"`, `"loaded"`, `"fell_back"`, `"pruned"`, `"swept"`, `"recovered"`,
-            `"rng_derived"`, `"rng_shifted"` (a loader drew from the restored random state), `"save_failed"` (in the
-            background), `"save_skipped"` (too many are under way), `"frozen_changed"` (what does not train is not
-            what the last checkpoint has), `"suspect"` (committed, but what was saved looks wrong),
-            `"passed_over_suspect"` (an earlier one is resumed instead), `"resumed_suspect"` (there is no other),
-            `"allowed"` (what a load left or converted, as it was allowed to), `"idle_pattern"` (an allowance that no
-            name matches), `"preempted"` (a signal said that the run will be stopped) or `"unverified"` (what is loaded
-            has no checksums).
+            `"rng_derived"`, `"rng_shifted"` (a loader drew from the restored random state), `"scale_afresh"` (a
+            checkpoint without the loss scale of fp16 was loaded), `"save_failed"` (in the background),
+            `"save_skipped"` (too many are under way), `"frozen_changed"` (what does not train is not what the last
+            checkpoint has), `"suspect"` (committed, but what was saved looks wrong), `"passed_over_suspect"` (an
+            earlier one is resumed instead), `"resumed_suspect"` (there is no other), `"allowed"` (what a load left or
+            converted, as it was allowed to), `"idle_pattern"` (an allowance that no name matches), `"preempted"` (a
+            signal said that the run will be stopped) or `"unverified"` (what is loaded has no checksums).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.

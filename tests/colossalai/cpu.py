@@ -39,6 +39,9 @@ class Cpu(CpuAccelerator):  # type: ignore[misc]
     def current_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def device_count(self) -> int:
+        return 1
+
     def Stream(self, *_: Any, **__: Any) -> AtOnce:  # noqa: N802 - its name there
         return AtOnce()
 

@@ -12,13 +12,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from shardpoint import Booster, Checkpointer, TrainState
-from shardpoint.booster import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin, Plugin, TorchFSDPPlugin
+from shardpoint.booster import (
+    GeminiPlugin,
+    HybridParallelPlugin,
+    LowLevelZeroPlugin,
+    Plugin,
+    TorchDDPPlugin,
+    TorchFSDPPlugin,
+)
 from shardpoint.errors import UsageError
+from tests.distributed import scaled_checks
 from tests.distributed.reshard_program import Pool, attempt
+from tests.distributed.scaled_checks import shared_folder
 from tests.training import bits, on_disk, whole
 
 SIZES: dict[str, Any] = {"hidden_size": 40, "intermediate_size": 54, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -226,19 +236,16 @@ def check_no_sync_accumulates() -> None:
 
 
 def check_a_save_behind_the_training_beside_clipping() -> None:
-    place: list[Any] = [None]
-    if dist.get_rank() == 0:
-        place = [str(OUT / f"async{dist.get_world_size()}")]
-    dist.broadcast_object_list(place)
+    root = shared_folder("async")
     model, optimizer, booster = boosted(llama(), HybridParallelPlugin(tp_size=2, precision="fp32", max_norm=0.05))
-    with Checkpointer(place[0], async_save=True) as checkpointer:
+    with Checkpointer(root, async_save=True) as checkpointer:
         expected = {name: whole(parameter) for name, parameter in model.named_parameters()}
         pending = checkpointer.save(TrainState(model=model, optimizer=optimizer), epoch=0, step=1, batch_size=4)
         assert pending is not None
         booster.backward(loss_of(model, *part()), optimizer)
         optimizer.step()
         pending.result()
-    found = on_disk(Path(place[0]) / "epoch-0_step-1" / "modeling")
+    found = on_disk(Path(root) / "epoch-0_step-1" / "modeling")
     assert {name: bits(tensor) for name, tensor in found.items()} == {n: bits(t) for n, t in expected.items()}
     assert any(bits(whole(p)) != bits(expected[n]) for n, p in model.named_parameters())
 
@@ -255,18 +262,75 @@ def check_groups_say_who_trains_on_what() -> None:
         boosted(boosted(llama(), TorchFSDPPlugin())[0], HybridParallelPlugin(tp_size=2))
 
 
-OUT = Path()
+def seen_by_all(loader: Any, num_batches: int | None = None) -> list[list[list[int]]]:
+    """Return the batches that each rank gets, by rank."""
+    batches = [batch.tolist() for batch, _ in zip(loader, range(num_batches or 1000), strict=False)]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, batches)
+    return found
+
+
+def check_loaders_share_data_out_by_the_layout() -> None:
+    size = dist.get_world_size()
+    data = torch.arange(24)
+    dp = [list(range(share * 3, 24, 3 * (size // 2))) for share in range(size // 2)]
+    expected = [[list(range(first, first + 3)) for first in dp[other // 2]] for other in range(size)]
+    hybrid = HybridParallelPlugin(tp_size=2)
+    assert seen_by_all(hybrid.prepare_dataloader(data, 3)) == expected
+    boosted(llama(), hybrid)
+    assert seen_by_all(hybrid.prepare_dataloader(data, 3, seed=3)) == expected
+    with pytest.raises(UsageError, match="tp_size=3 does not divide"):
+        HybridParallelPlugin(tp_size=3).prepare_dataloader(data, 3)
+    every = [
+        [[4 * step * size + 4 * other + i for i in range(4)] for step in range(24 // (4 * size))]
+        for other in range(size)
+    ]
+    names = ("replicate", "shard")
+    meshes = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=names)
+    plugins: list[Plugin] = [TorchDDPPlugin(), TorchFSDPPlugin(), LowLevelZeroPlugin(), GeminiPlugin(),
+                             TorchFSDPPlugin(mesh=meshes), TorchFSDPPlugin(hsdp_shape=(2, size // 2))]  # fmt: skip
+    for plugin in plugins:
+        assert seen_by_all(plugin.prepare_dataloader(data, 4, drop_last=True)) == every, plugin
+    over_shards = seen_by_all(TorchFSDPPlugin(mesh=meshes["shard"]).prepare_dataloader(data, 6))
+    assert over_shards == [
+        [[12 * step + 6 * (other % 2) + i for i in range(6)] for step in range(2)] for other in range(size)
+    ]
+
+
+def check_a_loader_goes_on_to_the_sample_under_another_plugin() -> None:
+    root, size, data = shared_folder("loader"), dist.get_world_size(), torch.arange(50)
+    state = TrainState(model=nn.Linear(1, 1))
+
+    def steps_of(loader: Any) -> list[set[int]]:
+        """Return which samples the job sees in each step of the rest of an epoch."""
+        by_rank = seen_by_all(loader)
+        return [set().union(*(batches[step] for batches in by_rank)) for step in range(len(by_rank[0]))]
+
+    whole_job: dict[str, Any] = {"shuffle": True, "seed": 5, "drop_last": True}
+    first: Any = LowLevelZeroPlugin().prepare_dataloader(data, 8 // size, **whole_job)
+    first.sampler.set_epoch(1)
+    expected = steps_of(first)
+    assert len(expected) == 6
+    assert sum(map(len, expected)) == 48
+    first.sampler.set_start_index(2 * 8)
+    state.sampler = first.sampler
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(state, epoch=1, step=2, batch_size=8)
+        second = HybridParallelPlugin(tp_size=2).prepare_dataloader(data, 16 // size, **whole_job)
+        state.sampler = second.sampler
+        assert checkpointer.resume(state) is not None
+    assert steps_of(second) == expected[2:]
 
 
 def checks() -> dict[str, Callable[[], None]]:
     """Return the checks by name."""
-    return {name.removeprefix("check_"): value for name, value in globals().items() if name.startswith("check_")}
+    found = globals() | vars(scaled_checks)
+    return {name.removeprefix("check_"): value for name, value in found.items() if name.startswith("check_")}
 
 
 def main() -> None:
     """Run every check on two ranks, where tensor parallelism is alone, and on four, where FSDP2 is over it."""
-    global OUT  # noqa: PLW0603 - the checks are functions of where they write
-    OUT = Path(sys.argv[1])
+    scaled_checks.OUT = Path(sys.argv[1])
     torch.set_num_threads(1)
     pool, report = Pool(), dict[str, str]()
     for size in (2, 4):

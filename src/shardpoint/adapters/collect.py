@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from shardpoint.adapters import hugging_face, lora
 from shardpoint.adapters.documents import EXTRA_STATE_NAME, join, rank_document, sampler_document, scheduler_document
-from shardpoint.adapters.grad_scaler import GRAD_SCALER_NAME, scaler_document
+from shardpoint.adapters.grad_scaler import GRAD_SCALER_NAME, scaler_document, scaler_of
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
@@ -366,9 +366,10 @@ def _collect_roles(collected: Collected, roles: Mapping[str, TrainState], *, is_
         if state.lr_scheduler is not None:
             path = join(role, "lr_scheduler.json")
             collected.documents[path] = scheduler_document(state.lr_scheduler, path)
-        if state.grad_scaler is not None:
+        grad_scaler = scaler_of(state)
+        if grad_scaler is not None:
             path = join(role, GRAD_SCALER_NAME)
-            collected.documents[path] = scaler_document(state.grad_scaler, path)
+            collected.documents[path] = scaler_document(grad_scaler, path)
         collected.rank_documents |= _rank_documents(role, state, rank)
         if state.frozen:
             parts = (part for part in collected.naming if part == modeling or part.startswith(f"{adapters}/"))

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torch.optim import Optimizer
+
+from shardpoint.adapters.state import TrainState
 from shardpoint.adapters.tensors import live_values, plain_values
 from shardpoint.errors import ManifestError, UsageError
 from shardpoint.manifest import decode_document, encode_document
 
 GRAD_SCALER_NAME = "grad_scaler.json"
+
+_attached: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+
+
+def attach_scaler(optimizer: Optimizer, grad_scaler: Any) -> None:
+    """Make an optimizer's scaler part of every state that has the optimizer, as long as the optimizer lives."""
+    _attached[optimizer] = grad_scaler
+
+
+def scaler_of(state: TrainState) -> Any:
+    """Return the scaler that belongs to a state: its own, or the one attached to its optimizer; None without one.
+
+    Raises:
+        UsageError: it has both, and they are not the same.
+    """
+    attached = None if state.optimizer is None else _attached.get(state.optimizer)
+    if attached is None:
+        return state.grad_scaler
+    if state.grad_scaler is not None and state.grad_scaler is not attached:
+        raise UsageError(
+            "the state has a grad_scaler, and its optimizer is scaled by the Booster already (fp16): leave grad_scaler "
+            "out, the Booster's own is saved and restored with the optimizer"
+        )
+    return attached
 
 
 def scaler_document(grad_scaler: Any, path: str) -> bytes:

@@ -29,7 +29,8 @@ class TrainState:
             those of the checkpoint before, links that one's files instead of writing them again. One that did change is
             written, and the listener is told.
         grad_scaler: a `torch.amp.GradScaler`; its scale and its counter are saved and restored, and it is an error
-            where only the state or only the checkpoint has one.
+            where only the state or only the checkpoint has one. Leave it out where the Booster scales the loss (fp16):
+            its own is saved and restored with the optimizer.
         extras: name -> anything else of this role with `state_dict` and `load_state_dict`, or a plain dict, that a
             resume must bring back (an experience buffer, a KL coefficient); saved per rank, as a sampler is.
     """

@@ -5,11 +5,9 @@
 from __future__ import annotations
 
 import os
-import re
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,12 @@ from torch.utils.data import DataLoader
 
 from shardpoint import engine
 from shardpoint.adapters import c10d
-from shardpoint.booster import clipping, lora, placing, precision, repoint
+from shardpoint.booster import arguments, clipping, lora, loss_scale, placing, precision, repoint
 from shardpoint.booster.plugin import Plugin
 from shardpoint.data import with_own_generator
 from shardpoint.errors import UsageError
 
-_MIB = 1024 * 1024
-_EXECUTABLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+_AUTOCAST_SCALE = loss_scale.ScaleOptions(growth_interval=2000, hysteresis=1)  # as torch.amp.GradScaler's
 
 
 class Booster:
@@ -34,8 +31,11 @@ class Booster:
 
     Args:
         device: where to train. None leaves it to the plugin; without a plugin the model stays where it is.
-        mixed_precision: `"bf16"` runs the forward (and the criterion) under `torch.autocast`; not beside a plugin that
-            computes in lower precision itself (`TorchFSDPPlugin(mixed_precision=...)`).
+        mixed_precision: `"bf16"` and `"fp16"` run the forward (and the criterion) under `torch.autocast`; not beside a
+            plugin that computes in lower precision itself (`TorchFSDPPlugin(mixed_precision=...)`). With fp16
+            `backward` scales the loss, a step unscales the gradients and is left out where they are not finite, and the
+            scale is saved and restored with the optimizer. It begins at 2**16, grows after 2000 steps without an
+            overflow, shrinks with every overflow, and stays between 1 and 2**32.
         plugin: how to spread the model; None trains in this process alone.
 
     Raises:
@@ -59,7 +59,7 @@ class Booster:
     ) -> None:
         if plugin is not None and not isinstance(plugin, Plugin):
             raise UsageError(f"plugin is a {type(plugin).__name__}, not one of shardpoint.booster's plugins")
-        precision.check_mixed_precision(mixed_precision)
+        self._autocast_dtype = precision.autocast_dtype(mixed_precision)
         if mixed_precision is not None and plugin is not None and plugin.controls_precision:
             name = type(plugin).__name__
             raise UsageError(f"mixed_precision belongs to the plugin here: {name}(mixed_precision={mixed_precision!r})")
@@ -107,12 +107,15 @@ class Booster:
             placing.move(model, optimizer, torch.device(self.device))
         elif optimizer is not None:
             repoint.optimized_names(model, optimizer)
-        if self.mixed_precision == "bf16":
+        if self._autocast_dtype is not None:
             inner = model.module if isinstance(model, DistributedDataParallel) else model
             device_type = next((parameter.device.type for parameter in inner.parameters()), "cpu")
-            precision.autocast_model(inner, device_type)
-            criterion = None if criterion is None else precision.autocast_criterion(criterion, device_type)
+            precision.autocast_model(inner, device_type, self._autocast_dtype)
+            if criterion is not None:
+                criterion = precision.autocast_criterion(criterion, device_type, self._autocast_dtype)
         if optimizer is not None:
+            if self._autocast_dtype is torch.float16:
+                loss_scale.scale_steps(optimizer, _AUTOCAST_SCALE, on_all_ranks=self.plugin is not None)
             self._models[optimizer] = weakref.ref(model)
         if isinstance(dataloader, DataLoader):
             with_own_generator(dataloader)
@@ -136,21 +139,27 @@ class Booster:
         return model
 
     def backward(self, loss: torch.Tensor, optimizer: Optimizer) -> None:
-        """Compute the gradients of a loss.
+        """Compute the gradients of a loss, times the optimizer's loss scale with fp16.
 
         Raises:
-            UsageError: the optimizer was not boosted (under FSDP2 it would step parameters that are not the model's).
+            UsageError: the optimizer was not boosted (under FSDP2 it would step parameters that are not the model's);
+                or with fp16 its gradients were clipped since the last step, and so unscaled.
 
         Collective:
             Every rank, where gradients are reduced.
         """
         self.model_of(optimizer)
-        loss.backward()
+        loss_scale.scaled(loss, optimizer).backward()
+
+    def loss_scale(self, optimizer: Optimizer) -> float:
+        """Return what `backward` multiplies the optimizer's losses by: 1.0 without fp16."""
+        return loss_scale.scale_of(optimizer)
 
     def clip_grad_norm_(self, target: nn.Module | Optimizer, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale gradients so that their common norm is at most `max_norm`, whatever they are spread over.
 
-        torch's function of this name raises on models that tensor parallelism cuts. Call it between the backward that
+        torch's function of this name raises on models that tensor parallelism cuts, and knows nothing of fp16's loss
+        scale, by which gradients are divided here first. Call it between the backward that
         synchronises gradients and the step; plugins with `max_norm` do so by themselves.
 
         Args:
@@ -171,6 +180,7 @@ class Booster:
             parameters = [parameter for group in target.param_groups for parameter in group["params"]]
         else:
             parameters = list(target.parameters())
+        loss_scale.unscale(parameters, self._models)
         return clipping.clip_grad_norm_(parameters, max_norm, norm_type)
 
     def no_sync(
@@ -240,7 +250,7 @@ class Booster:
         """
         del use_safetensors
         lora.check_has_adapters(model)
-        engine.save_adapter_directory(model, _path(checkpoint), comm=c10d.open_comm())
+        engine.save_adapter_directory(model, arguments.path(checkpoint), comm=c10d.open_comm())
 
     def save_model(
         self,
@@ -276,9 +286,9 @@ class Booster:
             On return the file or directory is whole and survives a crash; after an error nothing of it is visible.
         """
         del use_safetensors
-        _refuse(gather_dtensor=gather_dtensor, use_async=use_async)
-        max_file_bytes = _file_bytes(size_per_shard)
-        path = _directory_path(checkpoint, prefix) if shard else _file_path(checkpoint, prefix)
+        arguments.refuse(gather_dtensor=gather_dtensor, use_async=use_async)
+        max_file_bytes = arguments.file_bytes(size_per_shard)
+        path = arguments.directory_path(checkpoint, prefix) if shard else arguments.file_path(checkpoint, prefix)
         if shard:
             engine.save_model_directory(
                 model, path, comm=c10d.open_comm(), max_file_bytes=max_file_bytes, variant=prefix
@@ -312,7 +322,7 @@ class Booster:
             Every rank.
         """
         del low_cpu_mem_mode, num_threads
-        engine.load_model(model, _path(checkpoint), comm=c10d.open_comm(), strict=strict)
+        engine.load_model(model, arguments.path(checkpoint), comm=c10d.open_comm(), strict=strict)
 
     def save_optimizer(
         self,
@@ -345,9 +355,9 @@ class Booster:
         Durability:
             On return the file or directory is whole and survives a crash; after an error nothing of it is visible.
         """
-        _refuse(gather_dtensor=gather_dtensor, use_async=use_async)
-        max_file_bytes = _file_bytes(size_per_shard)
-        path = _directory_path(checkpoint, prefix) if shard else _file_path(checkpoint, prefix)
+        arguments.refuse(gather_dtensor=gather_dtensor, use_async=use_async)
+        max_file_bytes = arguments.file_bytes(size_per_shard)
+        path = arguments.directory_path(checkpoint, prefix) if shard else arguments.file_path(checkpoint, prefix)
         model = self.model_of(optimizer)
         if shard:
             engine.save_optimizer_directory(
@@ -381,7 +391,7 @@ class Booster:
         """
         del low_cpu_mem_mode, num_threads
         model = self.model_of(optimizer)
-        engine.load_optimizer(optimizer, model, _path(checkpoint), comm=c10d.open_comm())
+        engine.load_optimizer(optimizer, model, arguments.path(checkpoint), comm=c10d.open_comm())
 
     def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str | os.PathLike[str]) -> None:
         """Save a scheduler's state as one JSON file.
@@ -393,7 +403,7 @@ class Booster:
         Collective:
             Every rank.
         """
-        path = _file_path(checkpoint, prefix=None, wanted="*.json")
+        path = arguments.file_path(checkpoint, prefix=None, wanted="*.json")
         engine.save_lr_scheduler(lr_scheduler, path, comm=c10d.open_comm())
 
     def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str | os.PathLike[str]) -> None:
@@ -405,7 +415,7 @@ class Booster:
         Collective:
             Every rank.
         """
-        engine.load_lr_scheduler(lr_scheduler, _path(checkpoint), comm=c10d.open_comm())
+        engine.load_lr_scheduler(lr_scheduler, arguments.path(checkpoint), comm=c10d.open_comm())
 
     def _only_model(self) -> nn.Module:
         models = {id(model): model for model in (known() for known in self._models.values()) if model is not None}
@@ -422,48 +432,3 @@ def _check_kinds(model: object, optimizer: object, lr_scheduler: object) -> None
     stepped = getattr(lr_scheduler, "optimizer", None)
     if optimizer is not None and stepped is not None and stepped is not optimizer:
         raise UsageError("boost: the lr_scheduler steps another optimizer than the one given with it")
-
-
-def _refuse(*, gather_dtensor: bool, use_async: bool) -> None:
-    if not gather_dtensor:
-        raise UsageError(
-            "gather_dtensor=False: Shardpoint always stores whole tensors, written in parallel; leave it out"
-        )
-    if use_async:
-        raise UsageError("use_async=True: these methods return when the data is durable; leave it out")
-
-
-def _file_bytes(size_per_shard: object) -> int:
-    if isinstance(size_per_shard, bool) or not isinstance(size_per_shard, int | float) or not size_per_shard > 0:
-        raise UsageError(f"size_per_shard={size_per_shard!r} is not a positive number of MiB")
-    if size_per_shard == float("inf"):
-        raise UsageError("size_per_shard is infinite; for one file, say shard=False")
-    return max(1, int(size_per_shard * _MIB))
-
-
-def _path(checkpoint: str | os.PathLike[str]) -> Path:
-    try:
-        text = os.fspath(checkpoint)
-    except TypeError as error:
-        raise UsageError(f"checkpoint is a {type(checkpoint).__name__}, not a path") from error
-    if not text:
-        raise UsageError("checkpoint is an empty path")
-    return Path(text)
-
-
-def _directory_path(checkpoint: str | os.PathLike[str], prefix: str | None) -> Path:
-    if prefix is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
-        raise UsageError(f"prefix={prefix!r} becomes part of file names: use letters, digits, '_', '-' and '.'")
-    return _path(checkpoint)
-
-
-def _file_path(checkpoint: str | os.PathLike[str], prefix: str | None, wanted: str = "*.safetensors") -> Path:
-    path = _path(checkpoint)
-    if prefix is not None:
-        raise UsageError(f"prefix={prefix!r} names the files of a directory; it has no meaning with shard=False")
-    if path.suffix in _EXECUTABLE_SUFFIXES:
-        raise UsageError(
-            f"{path.name}: a name in {path.suffix} promises a pickle; what Shardpoint writes is never executable: "
-            f"name it {wanted}"
-        )
-    return path

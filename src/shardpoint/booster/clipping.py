@@ -50,7 +50,7 @@ def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float, norm_ty
     sums: dict[_Cut | None, list[torch.Tensor]] = {}
     locals_: list[torch.Tensor] = []
     for gradient in gradients:
-        local, cut = _reduced(gradient)
+        local, cut = reduced(gradient)
         locals_.append(local)
         sums.setdefault(cut, []).append(_norm(local, norm_type))
     device = locals_[0].device
@@ -89,7 +89,7 @@ def clip_before_steps(optimizer: Optimizer, max_norm: float, norm_type: float) -
     optimizer.register_step_pre_hook(clip)
 
 
-def _reduced(gradient: torch.Tensor) -> tuple[torch.Tensor, _Cut | None]:
+def reduced(gradient: torch.Tensor) -> tuple[torch.Tensor, _Cut | None]:
     """Return what this rank holds of a gradient, sharing its memory, and what cuts it."""
     if not isinstance(gradient, DTensor):
         return gradient, None

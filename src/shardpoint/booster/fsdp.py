@@ -38,7 +38,7 @@ class TorchFSDPPlugin(Plugin):
             the repeated members of its module lists. `()` shards the root alone.
         mixed_precision: `"bf16"` and `"fp16"` compute in that dtype and reduce gradients in float32, while parameters
             and optimizer stay as they are; a `MixedPrecisionPolicy` says it in full. fp16 comes without loss scaling:
-            scaling the loss is the caller's.
+            scaling the loss is the caller's (a `torch.amp.GradScaler`, saved as `TrainState.grad_scaler`).
         reshard_after_forward: free the gathered parameters after a forward (True), keep them until the backward
             (False), or reshard to so many ranks (an int); None frees all but the root's.
         sync_module_states: rank 0's parameters and buffers replace the others' before sharding, as in DDP. Without it,
@@ -129,6 +129,14 @@ class TorchFSDPPlugin(Plugin):
             raise UsageError("no_sync: the model is not sharded by FSDP2; pass what boost() returned")
         return self._unsynced(model)
 
+    def _share_of_data(self) -> tuple[int, int]:
+        if self.mesh is None:
+            return super()._share_of_data()
+        share = 0
+        for axis, index in enumerate(_coordinate(self.mesh)):
+            share = share * self.mesh.size(axis) + index
+        return share, self.mesh.size()
+
     def _mesh(self, model: nn.Module, device: str | torch.device | None) -> DeviceMesh:
         launch.join_ranks()
         _, world_size = launch.rank_and_world()
@@ -142,8 +150,7 @@ class TorchFSDPPlugin(Plugin):
                 self.mesh = init_device_mesh(where, (world_size,), mesh_dim_names=("shard",))
             else:
                 self.mesh = init_device_mesh(where, self.hsdp_shape, mesh_dim_names=("replicate", "shard"))
-        if self.mesh.get_coordinate() is None:
-            raise UsageError(f"rank {dist.get_rank()} is not in the mesh {self.mesh}")
+        _coordinate(self.mesh)
         return self.mesh
 
     def _check_reshard(self, mesh: DeviceMesh) -> None:
@@ -169,6 +176,13 @@ def shard(
     for _, module in [*blocks, ("", model)]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     repoint.keep_attributes(model, attributes)
+
+
+def _coordinate(mesh: DeviceMesh) -> list[int]:
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise UsageError(f"rank {dist.get_rank()} is not in the mesh {mesh}")
+    return list(coordinate)
 
 
 def _pair(hsdp_shape: Sequence[int]) -> tuple[int, int]:

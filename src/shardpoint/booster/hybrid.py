@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardpoint.booster import blocks as blocks_module
-from shardpoint.booster import clipping, fsdp, launch, options, placing, precision, repoint, tensor_parallel
+from shardpoint.booster import clipping, fsdp, launch, loss_scale, options, placing, precision, repoint, tensor_parallel
 from shardpoint.booster.plugin import Plugin
 from shardpoint.errors import UsageError
 
@@ -40,11 +40,11 @@ class HybridParallelPlugin(Plugin):
         tp_size: over how many ranks each model is cut; it divides the number of ranks.
         pp_size: only 1 (and so are the options of pipelines: refused).
         sp_size: only None or 1 (and so are the options of sequence parallelism: refused).
-        precision: `"bf16"` (default; ColossalAI's is fp16 with a dynamic loss scale, which checkpoints do not hold, so
-            it is refused): under FSDP2 forward and backward compute in bfloat16 and gradients are reduced in float32;
-            without it the forward runs under `torch.autocast`, as `Booster(mixed_precision="bf16")` does. In both
-            cases the parameters that the optimizer steps, and checkpoints hold, stay as they are, and must be float32.
-            `"fp32"`: everything is computed in the parameters' own dtype.
+        precision: `"bf16"` (default; ColossalAI's is fp16): under FSDP2 forward and backward compute in bfloat16 and
+            gradients are reduced in float32; without it the forward runs under `torch.autocast`, as
+            `Booster(mixed_precision="bf16")` does. In both cases the parameters that the optimizer steps, and
+            checkpoints hold, stay as they are, and must be float32. `"fp16"`: the same in float16, with a dynamic loss
+            scale, as `LowLevelZeroPlugin`'s. `"fp32"`: everything is computed in the parameters' own dtype.
         zero_stage: 0, 1 or 2. FSDP2 keeps gathered parameters from forward to backward, and shards parameters,
             gradients and optimizer between steps: the three are the same here, and none needs more memory than
             ColossalAI's.
@@ -57,7 +57,7 @@ class HybridParallelPlugin(Plugin):
         parallel_output: a hint: outputs are whole in any case, and so is the loss.
         num_microbatches: see `pp_size`.
         microbatch_size: see `pp_size`.
-        initial_scale: refused, as the six after it: loss scaling belongs to fp16.
+        initial_scale: as `LowLevelZeroPlugin`'s, as the six after it: where fp16's loss scale begins.
         min_scale: see `initial_scale`.
         growth_factor: see `initial_scale`.
         backoff_factor: see `initial_scale`.
@@ -73,7 +73,7 @@ class HybridParallelPlugin(Plugin):
         static_graph: see `broadcast_buffers`.
         zero_bucket_size_in_m: refused: FSDP2 has no buckets.
         cpu_offload: refused.
-        communication_dtype: refused: gradients are reduced in float32 (bf16) or in their own dtype (fp32).
+        communication_dtype: refused: gradients are reduced in float32, or in their own dtype (fp32).
         overlap_communication: only True.
         custom_policy: refused: set `model.tp_plan`.
         pp_style: see `pp_size`.
@@ -148,8 +148,9 @@ class HybridParallelPlugin(Plugin):
         use_fp8: bool = False,
         inner_ring_size: int | None = None,
     ) -> None:
-        options.refuse_changed(self, locals(), _REFUSED)
-        options.check_precision(self, precision)
+        given = dict(locals())
+        options.refuse_changed(self, given, _REFUSED)
+        scaling = options.loss_scaling(self, precision, given)
         if sp_size not in {None, 1}:
             raise UsageError(f"HybridParallelPlugin: sp_size={sp_size} cannot be honoured: {_SEQUENCE}")
         if type(tp_size) is not int or tp_size < 1:
@@ -160,6 +161,7 @@ class HybridParallelPlugin(Plugin):
             clipping.check_norm(max_norm, 2.0)
         self.tp_size = tp_size
         self.precision = precision
+        self._scaling = scaling
         self.zero_stage = zero_stage
         self.max_norm = max_norm
         self.mesh: DeviceMesh | None = None
@@ -207,6 +209,8 @@ class HybridParallelPlugin(Plugin):
         if model not in self._spread_here:
             self._spread(model, optimizer, names, device)
             self._spread_here.add(model)
+        if optimizer is not None and self._scaling is not None:
+            loss_scale.scale_steps(optimizer, self._scaling, on_all_ranks=True)
         if optimizer is not None and self.max_norm:
             clipping.clip_before_steps(optimizer, self.max_norm, 2.0)
         return model
@@ -220,6 +224,15 @@ class HybridParallelPlugin(Plugin):
         if model not in self._spread_here:
             raise UsageError("no_sync: the model is not spread by HybridParallelPlugin; pass what boost() returned")
         return self._fsdp.no_sync(model) if isinstance(model, FSDPModule) else nullcontext()
+
+    def _share_of_data(self) -> tuple[int, int]:
+        rank, world_size = launch.rank_and_world()
+        self._check_ranks(world_size)
+        return rank // self.tp_size, world_size // self.tp_size  # the mesh is [dp, tp], before it is made, too
+
+    def _check_ranks(self, world_size: int) -> None:
+        if world_size % self.tp_size:
+            raise UsageError(f"HybridParallelPlugin: tp_size={self.tp_size} does not divide the {world_size} ranks")
 
     def _spread(
         self,
@@ -241,8 +254,10 @@ class HybridParallelPlugin(Plugin):
             tensor_parallel.cut(model, cuts, mesh["tp"])
         if not alone:
             fsdp.shard(model, blocks, mesh["dp"], self._fsdp.policy, reshard_after_forward=False)
-        elif self.precision == "bf16":
-            precision.autocast_model(model, where.type)
+        else:
+            low = options.low_dtype(self.precision)
+            if low is not None:
+                precision.autocast_model(model, where.type, low)
         if optimizer is not None and names is not None:
             repoint.repoint(model, optimizer, names)
             if alone:
@@ -255,12 +270,11 @@ class HybridParallelPlugin(Plugin):
         sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         if sharded or isinstance(model, DistributedDataParallel | FSDPModule):
             raise UsageError("the model is spread over ranks already; give HybridParallelPlugin the bare model")
-        if self.precision == "bf16":
+        if self.precision != "fp32":
             options.check_master_weights(self, model, "precision='fp32'")
         repoint.check_unused(model)
         _, world_size = launch.rank_and_world()
-        if world_size % self.tp_size:
-            raise UsageError(f"HybridParallelPlugin: tp_size={self.tp_size} does not divide the {world_size} ranks")
+        self._check_ranks(world_size)
         cuts = tensor_parallel.find_cuts(model, self.tp_size) if self.tp_size > 1 else []
         alone = bool(cuts) and self.tp_size == world_size
         if optimizer is not None and names is not None:
@@ -305,7 +319,6 @@ _REFUSED = (
         ("enable_all_optimization", "enable_fused_normalization", "enable_flash_attention", "enable_jit_fused"),
         options.SHARDFORMER,
     )
-    | options.SCALING
     | dict.fromkeys(
         ("broadcast_buffers", "ddp_bucket_cap_mb", "find_unused_parameters", "check_reduction",
          "gradient_as_bucket_view", "static_graph"),

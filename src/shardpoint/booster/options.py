@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from shardpoint.booster import loss_scale
 from shardpoint.errors import UsageError
 
-FP16_ONLY = "it scales the loss of fp16, which is not supported"
 OFFLOAD = "nothing is offloaded to the host here"
 FP8 = "there is no fp8 training or communication here"
 SHARDFORMER = "the model's own modules run as they are: ask the model for it (attn_implementation=...)"
 BUCKETS = "FSDP2 communicates block by block, without buckets"
-SCALING = dict.fromkeys(
-    ("initial_scale", "min_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis", "max_scale"),
-    FP16_ONLY,
-)
-REDUCTION = "gradients are reduced in float32 for bf16, and in their own dtype for fp32"
+REDUCTION = "gradients are reduced in float32 for fp16 and bf16, and in their own dtype for fp32"
 ALLGATHER = "the next forward gathers the parameters, block by block"
 OVERLAP = "FSDP2 always overlaps communication and computation"
 
-_PRECISIONS = ("bf16", "fp32")
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+_SCALING = tuple(field.name for field in fields(loss_scale.ScaleOptions))
 
 
 def refuse_changed(plugin: object, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
@@ -49,34 +47,44 @@ def refuse_changed(plugin: object, given: Mapping[str, Any], reasons: Mapping[st
         raise UsageError(f"{type(plugin).__name__}: {'; '.join(refused)}; leave it out")
 
 
-def check_precision(plugin: object, precision: str) -> None:
-    """Check a plugin's `precision`.
+def loss_scaling(plugin: object, precision: str, given: Mapping[str, Any]) -> loss_scale.ScaleOptions | None:
+    """Check a plugin's `precision` and the options of its loss scale.
+
+    Args:
+        plugin: whose `__init__` has the defaults.
+        precision: `"fp16"`, `"bf16"` or `"fp32"`.
+        given: the arguments by name.
+
+    Returns:
+        How the loss is scaled; None where it is not.
 
     Raises:
-        UsageError: it is neither `"bf16"` nor `"fp32"`.
+        UsageError: `precision` is none of these, an option is out of range, or one is given without fp16.
     """
     name = type(plugin).__name__
-    if precision == "fp16":
-        raise UsageError(
-            f"{name}(precision='fp16') needs a dynamic loss scale, part of the training state, but checkpoints "
-            "do not hold it: use 'bf16'"
-        )
     if precision not in _PRECISIONS:
-        raise UsageError(f"{name}: precision={precision!r} is neither 'bf16' nor 'fp32'")
+        raise UsageError(f"{name}: precision={precision!r} is neither 'fp16' nor 'bf16' nor 'fp32'")
+    if precision != "fp16":
+        refuse_changed(plugin, given, dict.fromkeys(_SCALING, "it scales the loss of precision='fp16'"))
+        return None
+    return loss_scale.ScaleOptions(**{option: given[option] for option in _SCALING})
+
+
+def low_dtype(precision: str) -> torch.dtype | None:
+    """Return in which lower precision a plugin computes; None for fp32."""
+    return _PRECISIONS[precision]
 
 
 def precision_policy(
     precision: str, *, cast_inputs: bool = True, float32_outputs: bool = False
 ) -> MixedPrecisionPolicy:
-    """Return FSDP2's policy for a precision: bf16 computes in bfloat16 and reduces gradients in float32."""
-    output_dtype = torch.float32 if float32_outputs else None
-    if precision == "fp32":
-        return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs, output_dtype=output_dtype)
+    """Return FSDP2's policy for a precision: fp16 and bf16 compute in it and reduce gradients in float32."""
+    dtype = low_dtype(precision)
     return MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16,
-        reduce_dtype=torch.float32,
+        param_dtype=dtype,
+        reduce_dtype=None if dtype is None else torch.float32,
         cast_forward_inputs=cast_inputs,
-        output_dtype=output_dtype,
+        output_dtype=torch.float32 if float32_outputs else None,
     )
 
 
@@ -95,6 +103,6 @@ def check_master_weights(plugin: object, model: nn.Module, instead: str) -> None
         if parameter.requires_grad and parameter.dtype in {torch.bfloat16, torch.float16}:
             raise UsageError(
                 f"{type(plugin).__name__}: {name} is {parameter.dtype}, and the parameters themselves are the master "
-                f"weights here: load the model in float32 (it computes in bfloat16 all the same), or pass {instead} to "
-                "step parameters of that dtype"
+                "weights here: load the model in float32 (it computes in lower precision all the same), or pass "
+                f"{instead} to step parameters of that dtype"
             )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardpoint.booster import clipping, launch, options
+from shardpoint.booster import clipping, launch, loss_scale, options
 from shardpoint.booster.fsdp import TorchFSDPPlugin
 from shardpoint.errors import UsageError
 
@@ -19,13 +19,21 @@ class _ZeroPlugin(TorchFSDPPlugin):
     """FSDP2 with a precision, master weights, clipping, and replica groups, as ColossalAI's two ZeRO plugins have."""
 
     def _settle(
-        self, precision: str, max_norm: float, norm_type: float, extra_dp_size: int, *, master_weights: bool
+        self,
+        precision: str,
+        scaling: loss_scale.ScaleOptions | None,
+        max_norm: float,
+        norm_type: float,
+        extra_dp_size: int,
+        *,
+        master_weights: bool,
     ) -> None:
         if max_norm:
             clipping.check_norm(max_norm, norm_type)
         if extra_dp_size < 1:
             raise UsageError(f"{type(self).__name__}: extra_dp_size={extra_dp_size} is not a number of replica groups")
         self.precision = precision
+        self._scaling = scaling
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.extra_dp_size = extra_dp_size
@@ -43,7 +51,9 @@ class _ZeroPlugin(TorchFSDPPlugin):
         Collective:
             Every rank.
         """
-        if self.precision == "bf16" and self.master_weights:
+        if self._scaling is not None:
+            options.check_master_weights(self, model, "precision='fp32'")
+        elif self.precision == "bf16" and self.master_weights:
             options.check_master_weights(self, model, "master_weights=False")
         if self.extra_dp_size > 1:
             _, world_size = launch.rank_and_world()
@@ -53,6 +63,8 @@ class _ZeroPlugin(TorchFSDPPlugin):
                 )
             self.hsdp_shape = (self.extra_dp_size, world_size // self.extra_dp_size)
         spread = super().configure(model, optimizer, device=device)
+        if optimizer is not None and self._scaling is not None:
+            loss_scale.scale_steps(optimizer, self._scaling, on_all_ranks=True)
         if optimizer is not None and self.max_norm:
             clipping.clip_before_steps(optimizer, self.max_norm, self.norm_type)
         return spread
@@ -67,28 +79,31 @@ class LowLevelZeroPlugin(_ZeroPlugin):
 
     Args:
         stage: 1 or 2.
-        precision: `"bf16"` (default; ColossalAI's is fp16 with a dynamic loss scale, which checkpoints do not hold, so
-            it is refused): forward and backward compute in bfloat16, gradients are reduced in float32, and the
-            parameters that the optimizer steps, and checkpoints hold, stay as they are. `"fp32"`: everything is
-            computed in the parameters' own dtype.
-        initial_scale: refused, as the six after it: loss scaling belongs to fp16.
-        min_scale: see `initial_scale`.
-        growth_factor: see `initial_scale`.
-        backoff_factor: see `initial_scale`.
-        growth_interval: see `initial_scale`.
-        hysteresis: see `initial_scale`.
-        max_scale: see `initial_scale`.
+        precision: `"bf16"` (default; ColossalAI's is fp16): forward and backward compute in bfloat16, gradients are
+            reduced in float32, and the parameters that the optimizer steps, and checkpoints hold, stay as they are.
+            `"fp16"`: the same in float16, with a dynamic loss scale. `Booster.backward` scales the loss; before each
+            step (and in `Booster.clip_grad_norm_`) gradients are unscaled, and a step is left out, its gradients
+            dropped, on all ranks where one of any rank's is not finite. Parameters must be float32. The scale is saved
+            and restored with the optimizer. `"fp32"`: everything is computed in the parameters' own dtype.
+        initial_scale: where fp16's loss scale begins; with this default as many steps are left out as it takes to
+            come down. Without fp16 it is refused, as the six after it, unless it has its default.
+        min_scale: the least scale; 0 is no bound.
+        growth_factor: what the scale grows by after `growth_interval` steps without an overflow.
+        backoff_factor: what it shrinks by after an overflow.
+        growth_interval: see `growth_factor`.
+        hysteresis: with how many overflows since it last grew it begins to shrink.
+        max_scale: the greatest scale; 0 is no bound.
         max_norm: clip gradients to this norm in each `optimizer.step()`; 0 does not clip.
         norm_type: p of that norm.
         reduce_bucket_size_in_m: refused: FSDP2 has no buckets.
-        communication_dtype: refused: gradients are reduced in float32 (bf16) or in their own dtype (fp32).
+        communication_dtype: refused: gradients are reduced in float32, or in their own dtype (fp32).
         overlap_communication: only True.
         overlap_allgather: refused.
         cpu_offload: refused.
         master_weights: True refuses a model whose trainable parameters are not float32, since they themselves are the
             master weights; False steps them as they are.
         verbose: refused.
-        cast_inputs: cast the inputs of each block to bfloat16.
+        cast_inputs: cast the inputs of each block to the dtype that it computes in.
         fp8_communication: refused.
         use_fp8: refused.
         extra_dp_size: so many groups of ranks hold the same shards (HSDP).
@@ -122,13 +137,14 @@ class LowLevelZeroPlugin(_ZeroPlugin):
         use_fp8: bool = False,
         extra_dp_size: int = 1,
     ) -> None:
-        options.refuse_changed(self, locals(), _LOW_LEVEL_ZERO_REFUSED)
-        options.check_precision(self, precision)
+        given = dict(locals())
+        options.refuse_changed(self, given, _LOW_LEVEL_ZERO_REFUSED)
+        scaling = options.loss_scaling(self, precision, given)
         if stage not in {1, 2}:
             raise UsageError(f"LowLevelZeroPlugin: stage={stage} is neither 1 nor 2; GeminiPlugin shards as stage 3")
         policy = options.precision_policy(precision, cast_inputs=cast_inputs)
         super().__init__(mixed_precision=policy, reshard_after_forward=False)
-        self._settle(precision, max_norm, norm_type, extra_dp_size, master_weights=master_weights)
+        self._settle(precision, scaling, max_norm, norm_type, extra_dp_size, master_weights=master_weights)
         self.stage = stage
 
 
@@ -150,7 +166,7 @@ class GeminiPlugin(_ZeroPlugin):
         offload_param_frac: see `offload_optim_frac`.
         warmup_non_model_data_ratio: see `chunk_config_dict`.
         steady_cuda_cap_ratio: see `chunk_config_dict`.
-        precision: as `LowLevelZeroPlugin`'s: `"bf16"` (default) or `"fp32"`.
+        precision: as `LowLevelZeroPlugin`'s: `"bf16"` (default), `"fp16"` or `"fp32"`.
         master_weights: as `LowLevelZeroPlugin`'s.
         pin_memory: see `offload_optim_frac`.
         force_outputs_fp32: cast floating-point outputs of each block and of the model to float32.
@@ -160,7 +176,7 @@ class GeminiPlugin(_ZeroPlugin):
         min_chunk_size_m: see `chunk_config_dict`.
         memstats: see `chunk_config_dict`.
         gpu_margin_mem_ratio: see `chunk_config_dict`.
-        initial_scale: refused, as the six after it: loss scaling belongs to fp16.
+        initial_scale: as `LowLevelZeroPlugin`'s, as the six after it: where fp16's loss scale begins.
         min_scale: see `initial_scale`.
         growth_factor: see `initial_scale`.
         backoff_factor: see `initial_scale`.
@@ -228,8 +244,9 @@ class GeminiPlugin(_ZeroPlugin):
         verbose: bool = False,
         fp8_communication: bool = False,
     ) -> None:
-        options.refuse_changed(self, locals(), _GEMINI_REFUSED)
-        options.check_precision(self, precision)
+        given = dict(locals())
+        options.refuse_changed(self, given, _GEMINI_REFUSED)
+        scaling = options.loss_scaling(self, precision, given)
         if shard_param_frac not in {0.0, 1.0}:
             raise UsageError(
                 f"GeminiPlugin: shard_param_frac={shard_param_frac}: FSDP2 keeps gathered parameters to the backward "
@@ -237,11 +254,11 @@ class GeminiPlugin(_ZeroPlugin):
             )
         policy = options.precision_policy(precision, float32_outputs=force_outputs_fp32)
         super().__init__(mixed_precision=policy, reshard_after_forward=shard_param_frac == 1.0)
-        self._settle(precision, max_norm, norm_type, extra_dp_size, master_weights=master_weights)
+        self._settle(precision, scaling, max_norm, norm_type, extra_dp_size, master_weights=master_weights)
 
 
 _SILENT = "nothing is printed here"
-_LOW_LEVEL_ZERO_REFUSED = options.SCALING | {
+_LOW_LEVEL_ZERO_REFUSED = {
     "reduce_bucket_size_in_m": options.BUCKETS,
     "communication_dtype": options.REDUCTION,
     "overlap_communication": options.OVERLAP,
@@ -253,8 +270,7 @@ _LOW_LEVEL_ZERO_REFUSED = options.SCALING | {
 }
 _CHUNKS = "FSDP2 shards each parameter over all ranks, without chunks and without placing them"
 _GEMINI_REFUSED = (
-    options.SCALING
-    | dict.fromkeys(
+    dict.fromkeys(
         ("chunk_config_dict", "chunk_init_device", "placement_policy", "max_prefetch", "warmup_non_model_data_ratio",
          "steady_cuda_cap_ratio", "strict_ddp_mode", "search_range_m", "hidden_dim", "min_chunk_size_m", "memstats",
          "gpu_margin_mem_ratio"),

@@ -25,8 +25,9 @@ class StatefulDistributedSampler(Sampler[int]):
     """Yield this rank's share of what is left of an epoch, from a position that does not depend on the ranks.
 
     It has the name and the methods of ColossalChat's sampler, with three differences. The start index counts the
-    samples of the whole job, not those of one rank. No sample is repeated to fill up a rank. And a start index does
-    not leak into later epochs: `set_epoch` to another epoch, after this one was iterated, begins at 0.
+    samples of the whole job, not those of one rank. No sample is repeated to fill up a rank, unless `pad` asks for it.
+    And a start index does not leak into later epochs: `set_epoch` to another epoch, after this one was iterated, begins
+    at 0.
 
     What is left of the epoch is cut into micro-batches of `micro_batch_size` consecutive samples; micro-batch `m`
     goes to rank `m % num_replicas`. A step that takes a fixed number of micro-batches therefore sees the same samples
@@ -49,10 +50,14 @@ class StatefulDistributedSampler(Sampler[int]):
         drop_last: True leaves out the end of an epoch that does not fill a batch, so that every rank gets the same
             number of micro-batches; a start index is then a multiple of the batch size. False leaves out nothing: ranks
             may then differ by one micro-batch, and a loop with a collective in every step (any DDP or FSDP loop) would
-            wait at the end of the epoch for ever.
+            wait at the end of the epoch for ever, unless `pad` is True.
         micro_batch_size: samples that go to one rank together.
         batch_size: samples of one step of the whole job, a multiple of `micro_batch_size * num_replicas`, which is
             the default. Give it to resume on another number of ranks: `drop_last` then leaves out the same samples.
+        pad: True makes ranks equal where `drop_last` is False: what is left for the last round of micro-batches is cut
+            into as many equal parts as there are ranks, and the first samples of the epoch are repeated where they do
+            not suffice (fewer than `num_replicas` of them, as torch's `DistributedSampler` does). `expect`, `peek` and
+            positions count no repeated sample.
 
     Raises:
         UsageError: an argument is out of range, or `batch_size` cannot be shared equally.
@@ -77,19 +82,20 @@ class StatefulDistributedSampler(Sampler[int]):
         drop_last: bool = False,
         micro_batch_size: int = 1,
         batch_size: int | None = None,
+        pad: bool = False,
     ) -> None:
         in_group = dist.is_available() and dist.is_initialized()
         if num_replicas is None:
             num_replicas = dist.get_world_size() if in_group else 1
         if rank is None:
             rank = dist.get_rank() if in_group else 0
-        _check_count("num_replicas", num_replicas, low=1)
-        _check_count("rank", rank, low=0, high=num_replicas - 1)
-        _check_count("seed", seed, low=0)
-        _check_count("micro_batch_size", micro_batch_size, low=1)
+        check_count("num_replicas", num_replicas, low=1)
+        check_count("rank", rank, low=0, high=num_replicas - 1)
+        check_count("seed", seed, low=0)
+        check_count("micro_batch_size", micro_batch_size, low=1)
         unit = micro_batch_size * num_replicas
         batch_size = unit if batch_size is None else batch_size
-        _check_count("batch_size", batch_size, low=1)
+        check_count("batch_size", batch_size, low=1)
         if batch_size % unit:
             raise UsageError(
                 f"batch_size is {batch_size}, which {num_replicas} ranks cannot share equally in micro-batches of "
@@ -103,6 +109,7 @@ class StatefulDistributedSampler(Sampler[int]):
         self.drop_last = drop_last
         self.micro_batch_size = micro_batch_size
         self.batch_size = batch_size
+        self.pad = pad
         self.epoch = 0
         self.start_index = 0
         self._num_loads = 0
@@ -124,9 +131,9 @@ class StatefulDistributedSampler(Sampler[int]):
 
     def __len__(self) -> int:
         """Return how many samples this rank gets from the start index to the end of the epoch."""
-        whole_rounds, rest = divmod(self._num_left(self.start_index), self.micro_batch_size * self.num_replicas)
-        own_rest = min(max(rest - self.rank * self.micro_batch_size, 0), self.micro_batch_size)
-        return whole_rounds * self.micro_batch_size + own_rest
+        num_left = self._num_left(self.start_index)
+        whole_rounds = num_left // (self.micro_batch_size * self.num_replicas)
+        return whole_rounds * self.micro_batch_size + len(self._micro_batch(whole_rounds, num_left))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration.
@@ -137,7 +144,7 @@ class StatefulDistributedSampler(Sampler[int]):
         Raises:
             UsageError: `epoch` is not an integer, or is negative.
         """
-        _check_count("epoch", epoch, low=0)
+        check_count("epoch", epoch, low=0)
         if epoch != self.epoch and self._epoch_is_known:
             self.start_index = self._first_index = 0
         self.epoch = epoch
@@ -158,7 +165,7 @@ class StatefulDistributedSampler(Sampler[int]):
                 `drop_last`, no batch begins there: then the end of the epoch would leave out other samples than those
                 that the uninterrupted run leaves out, and the index is probably that of one rank.
         """
-        _check_count("start_index", start_index, low=0, high=self.num_samples)
+        check_count("start_index", start_index, low=0, high=self.num_samples)
         first_index = start_index if other_batch_size or start_index == 0 else self._first_index
         if self.drop_last and (start_index < first_index or (start_index - first_index) % self.batch_size):
             counted = f"multiples of {self.batch_size}" + (f", from {first_index} on" if first_index else "")
@@ -182,7 +189,7 @@ class StatefulDistributedSampler(Sampler[int]):
         Raises:
             UsageError: fewer are left, or `num_steps` is not an integer, or is negative.
         """
-        _check_count("num_steps", num_steps, low=0)
+        check_count("num_steps", num_steps, low=0)
         left = -(-self._num_left(self.start_index) // self.batch_size)
         if left < num_steps:
             raise UsageError(f"{num_steps} steps were planned and {left} are left: {self._where(self.start_index)}")
@@ -210,7 +217,7 @@ class StatefulDistributedSampler(Sampler[int]):
             >>> sampler.peek(6)
             [0, 1, 2, 3, 0, 1]
         """
-        _check_count("num_samples", num_samples, low=0)
+        check_count("num_samples", num_samples, low=0)
         found: list[int] = []
         epoch, start = self.epoch, self.start_index
         while len(found) < num_samples:
@@ -258,9 +265,9 @@ class StatefulDistributedSampler(Sampler[int]):
                     f"the sampler's state has {name}={state_dict[name]!r} and this sampler {getattr(self, name)!r}: "
                     f"its start index would mean other samples; make the sampler over the same data"
                 )
-        _check_count("seed", state_dict["seed"], low=0)
-        _check_count("epoch", state_dict["epoch"], low=0)
-        _check_count("start_index", state_dict["start_index"], low=0, high=self.num_samples)
+        check_count("seed", state_dict["seed"], low=0)
+        check_count("epoch", state_dict["epoch"], low=0)
+        check_count("start_index", state_dict["start_index"], low=0, high=self.num_samples)
 
     def watch_random_state(self, tell: Callable[[str], None]) -> None:
         """Tell, at the next iteration, if a loader has drawn from torch's random state as it is now.
@@ -314,7 +321,7 @@ class StatefulDistributedSampler(Sampler[int]):
             fields = sorted(state_dict, key=str)
             raise UsageError(f"an iteration's state has the fields {sorted(_SHARE_FIELDS)}, this one has {fields}")
         for name in sorted(_SHARE_FIELDS):
-            _check_count(name, state_dict[name], low=1 if name in {"num_replicas", "micro_batch_size"} else 0)
+            check_count(name, state_dict[name], low=1 if name in {"num_replicas", "micro_batch_size"} else 0)
         dealt = state_dict["num_replicas"], state_dict["micro_batch_size"]
         if dealt != (self.num_replicas, self.micro_batch_size) and state_dict["num_yielded"] % dealt[1]:
             raise UsageError(
@@ -326,6 +333,20 @@ class StatefulDistributedSampler(Sampler[int]):
         """Count the samples from an index to the end, over all ranks, that will be yielded."""
         left = max(self.num_samples - start_index, 0)
         return left - left % self.batch_size if self.drop_last else left
+
+    def _micro_batch(self, turn: int, num_left: int) -> range:
+        """Return this rank's micro-batch of a round, counted from where the iteration starts.
+
+        With `pad` the last one may go over the end, where the epoch's first samples are repeated.
+        """
+        begin_of_round = turn * self.micro_batch_size * self.num_replicas
+        rest = num_left - begin_of_round
+        if self.pad and 0 < rest < self.micro_batch_size * self.num_replicas:
+            size = -(-rest // self.num_replicas)
+            begin = begin_of_round + self.rank * size
+            return range(begin, begin + size)
+        begin = begin_of_round + self.rank * self.micro_batch_size
+        return range(begin, max(begin, min(begin + self.micro_batch_size, num_left)))
 
     def _order(self, seed: int, epoch: int) -> torch.Tensor:
         """Return an epoch's order of all samples as int64 `[num_samples]`."""
@@ -377,9 +398,10 @@ class _Share(Iterator[int]):
             raise ResumeMismatchError(text, differences=["data: an iterator from before the resume"])
         turn, within = divmod(self._num_yielded, sampler.micro_batch_size)
         if not within or not self._micro_batch:
-            begin = self.start_index + (turn * sampler.num_replicas + sampler.rank) * sampler.micro_batch_size
-            end = min(begin + sampler.micro_batch_size, self.start_index + self.num_left)
-            self._micro_batch = self._order[begin : max(begin, end)].tolist()
+            own = sampler._micro_batch(turn, self.num_left)  # noqa: SLF001 - as above
+            self._micro_batch = self._order[
+                [(self.start_index + index) % sampler.num_samples for index in own]
+            ].tolist()
         if within >= len(self._micro_batch):
             raise StopIteration
         self._num_yielded += 1
@@ -425,7 +447,7 @@ def _base_seeds_were_drawn(before: torch.Tensor) -> bool:
     return False
 
 
-def _check_count(name: str, value: object, *, low: int, high: int | None = None) -> None:
+def check_count(name: str, value: object, *, low: int, high: int | None = None) -> None:
     """Raise UsageError unless a value is an integer of the range, both ends included."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(f"{name} must be an integer, not {value!r}")

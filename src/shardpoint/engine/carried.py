@@ -10,7 +10,13 @@ from typing import Any
 
 from shardpoint.adapters.collect import Collected
 from shardpoint.adapters.documents import join, rank_document
-from shardpoint.adapters.grad_scaler import GRAD_SCALER_NAME, scaler_differences, scaler_problem, scaler_state
+from shardpoint.adapters.grad_scaler import (
+    GRAD_SCALER_NAME,
+    scaler_differences,
+    scaler_of,
+    scaler_problem,
+    scaler_state,
+)
 from shardpoint.adapters.restored import next_samples_differences, position_problem, sampler_differences
 from shardpoint.adapters.rng import derive_rng, read_rng, rng_differences, write_rng
 from shardpoint.adapters.state import RunState, TrainState
@@ -47,10 +53,27 @@ def _rank_documents(source: Source, directory: str) -> list[str]:
 
 
 def carried(
-    source: Source, role: str, state: TrainState, collected: Collected, comm: Comm, optional: list[str]
+    source: Source,
+    role: str,
+    state: TrainState,
+    collected: Collected,
+    comm: Comm,
+    optional: list[str],
+    afresh: Listener | None = None,
 ) -> list[Callable[[], None]]:
-    """Return what gives a role's sampler and extras back the states that this rank's had."""
-    installs = _grad_scaler(source, join(role, GRAD_SCALER_NAME), state.grad_scaler, collected, optional)
+    """Return what gives a role's sampler and extras back the states that this rank's had.
+
+    Args:
+        source: the checkpoint.
+        role: whose they are.
+        state: its live objects.
+        collected: where what does not fit is noted.
+        comm: the ranks.
+        optional: where that is noted which only the checkpoint has.
+        afresh: told if the loss scale of a Booster is not in the checkpoint, and starts afresh; None makes that an
+            error, as a scaler of the state's own is in any case.
+    """
+    installs = _grad_scaler(source, join(role, GRAD_SCALER_NAME), state, collected, optional, afresh)
     if state.sampler is not None:
         installs += _sampler(source, join(role, "data"), state.sampler, collected, comm)
     elif _rank_documents(source, join(role, "data")):
@@ -66,13 +89,19 @@ def carried(
 
 
 def _grad_scaler(
-    source: Source, path: str, grad_scaler: Any, collected: Collected, optional: list[str]
+    source: Source, path: str, state: TrainState, collected: Collected, optional: list[str], afresh: Listener | None
 ) -> list[Callable[[], None]]:
     """Return what gives a grad scaler its scale and its counter back."""
-    data = source.document(path)
+    data, grad_scaler = source.document(path), scaler_of(state)
     if grad_scaler is None:
         optional += [path] if data is not None else []
         return []
+    if data is None and afresh is not None and grad_scaler is not state.grad_scaler:
+        text = (
+            f"{source.manifest.name} has no {path}, since it was not trained in fp16 here: the loss scale starts afresh"
+        )
+        event = Event("scale_afresh", text, source.manifest.name, logging.WARNING)
+        return [lambda: afresh(event)]
     if data is None:
         collected.missing.append(f"{path} (a resume without it would start the loss scale afresh)")
         return []

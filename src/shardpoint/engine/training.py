@@ -29,7 +29,7 @@ from shardpoint.engine.load import Target
 from shardpoint.engine.opening import SaveRequest
 from shardpoint.engine.source import Source
 from shardpoint.errors import ManifestError, ResumeMismatchError, UnsupportedFormatError, UsageError
-from shardpoint.events import Listener
+from shardpoint.events import Event, Listener
 from shardpoint.manifest import NEXT_SAMPLES_NAME, decode_document, encode_document
 from shardpoint.planning import Allowances
 
@@ -178,6 +178,7 @@ def training_target(
         )
         raise UnsupportedFormatError(text)
     collected = Collected(comm.rank)
+    afresh = (listener if comm.is_coordinator else _unheard) if partial else None
     optional: list[str] = [f"role {name!r}" for name in source.manifest.roles if name not in roles]
     installs: list[Callable[[], None]] = []
     parts: set[str] = set()
@@ -193,7 +194,7 @@ def training_target(
             source, role, state, named, collected, optional, fresh=lazy_optimizer, may_miss=allowed.may_miss
         )
         _add_scheduler(source, role, state, collected, installs, optional)
-        installs += carried(source, role, state, collected, comm, optional)
+        installs += carried(source, role, state, collected, comm, optional, afresh)
     if not partial:
         collected.unexpected += optional
     options = [optimizer.install_options for optimizer in collected.optimizers]
@@ -219,6 +220,10 @@ def training_target(
         functools.partial(_install, name, [*options, *states, *installs], [*same_states, *checks]),
         allowed=allowed,
     )
+
+
+def _unheard(event: Event) -> None:
+    """Leave the telling to the coordinator."""
 
 
 def _install(name: str, calls: Iterable[Callable[[], None]], checks: Iterable[Callable[[], Iterable[str]]]) -> None:

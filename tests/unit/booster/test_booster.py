@@ -331,9 +331,9 @@ def test_a_criterion_module_is_changed_in_place() -> None:
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("given, message", [("fp16", "GradScaler"), ("fp8", "neither"), (torch.bfloat16, "neither")])
-def test_other_precisions_are_refused(given: Any, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("given", ["fp8", torch.bfloat16])
+def test_other_precisions_are_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match="neither"):
         Booster(mixed_precision=given)
 
 

@@ -84,9 +84,7 @@ def test_all_refused_options_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     "plugin, options, message",
     [
-        (HybridParallelPlugin, {"tp_size": 2, "precision": "fp16"}, "dynamic loss scale"),
-        (LowLevelZeroPlugin, {"precision": "fp16"}, "dynamic loss scale"),
-        (GeminiPlugin, {"precision": "int8"}, "neither 'bf16' nor 'fp32'"),
+        (GeminiPlugin, {"precision": "int8"}, "neither 'fp16' nor 'bf16' nor 'fp32'"),
         (HybridParallelPlugin, {"tp_size": 0}, "not a number of ranks"),
         (HybridParallelPlugin, {"tp_size": 2, "sp_size": 2}, "sequence parallelism"),
         (HybridParallelPlugin, {"tp_size": 2, "zero_stage": 3}, "zero_stage=3"),
