@@ -162,10 +162,23 @@ def check_precision_says_what_it_does() -> None:
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
         optimizer.step()
-    for plugin in (HybridParallelPlugin(tp_size=2), LowLevelZeroPlugin(), GeminiPlugin()):
-        with pytest.raises(UsageError, match="master weights"):
-            boosted(llama().bfloat16(), plugin)
-    boosted(llama().bfloat16(), GeminiPlugin(master_weights=False))
+    model, _, _ = boosted(llama().bfloat16(), GeminiPlugin(master_weights=False))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def check_a_model_of_lower_precision_gets_master_weights() -> None:
+    # Master weights made of the rounded ones, as an optimizer of ColossalAI makes them.
+    for plugin in (lambda: HybridParallelPlugin(tp_size=2), LowLevelZeroPlugin, GeminiPlugin):
+        runs = [boosted(made, plugin()) for made in (llama().bfloat16(), llama().bfloat16().float())]
+        for model, optimizer, booster in runs:
+            for _ in range(2):
+                booster.backward(loss_of(model), optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+        low, whole_one = (dict(model.named_parameters()) for model, _, _ in runs)
+        assert all(bits(whole(low[name])) == bits(whole(whole_one[name])) for name in whole_one)
+        assert any(not torch.equal(whole(one), whole(one).bfloat16().float()) for one in low.values())
 
 
 def check_zero_keeps_what_gemini_frees() -> None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardpoint.booster import blocks as blocks_module
-from shardpoint.booster import launch, placing, repoint
+from shardpoint.booster import launch, masters, placing, repoint
 from shardpoint.booster.plugin import Plugin
 from shardpoint.errors import UsageError
 
@@ -95,8 +95,11 @@ class TorchFSDPPlugin(Plugin):
         repoint.check_unused(model)
         blocks = blocks_module.find_blocks(model, self.blocks)
         blocks_module.check_groups(model, blocks)
+        self._check_masters(model, optimizer, names)
         mesh = self._mesh(model, device)
         self._check_reshard(mesh)
+        if self._holds_masters:
+            masters.hold(model)
         if self.sync_module_states:
             placing.broadcast_states(model, [mesh.get_group(axis) for axis in range(mesh.ndim)])
 
@@ -104,6 +107,15 @@ class TorchFSDPPlugin(Plugin):
         if optimizer is not None and names is not None:
             repoint.repoint(model, optimizer, names)
         return model
+
+    @property
+    def _holds_masters(self) -> bool:
+        """Whether trainable parameters are converted to float32."""
+        return False
+
+    def _check_masters(self, model: nn.Module, optimizer: Optimizer | None, names: repoint.GroupNames | None) -> None:
+        if self._holds_masters:
+            masters.check_unstepped(self, model, optimizer, names)
 
     @contextmanager
     def _unsynced(self, model: nn.Module) -> Iterator[None]:

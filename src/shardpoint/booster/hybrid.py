@@ -18,7 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from shardpoint.booster import blocks as blocks_module
-from shardpoint.booster import clipping, fsdp, launch, loss_scale, options, placing, precision, repoint, tensor_parallel
+from shardpoint.booster import (
+    clipping,
+    fsdp,
+    launch,
+    loss_scale,
+    masters,
+    options,
+    placing,
+    precision,
+    repoint,
+    tensor_parallel,
+)
 from shardpoint.booster.plugin import Plugin
 from shardpoint.errors import UsageError
 
@@ -42,9 +53,10 @@ class HybridParallelPlugin(Plugin):
         sp_size: only None or 1 (and so are the options of sequence parallelism: refused).
         precision: `"bf16"` (default; ColossalAI's is fp16): under FSDP2 forward and backward compute in bfloat16 and
             gradients are reduced in float32; without it the forward runs under `torch.autocast`, as
-            `Booster(mixed_precision="bf16")` does. In both cases the parameters that the optimizer steps, and
-            checkpoints hold, stay as they are, and must be float32. `"fp16"`: the same in float16, with a dynamic loss
-            scale, as `LowLevelZeroPlugin`'s. `"fp32"`: everything is computed in the parameters' own dtype.
+            `Booster(mixed_precision="bf16")` does. In both cases the parameters themselves are the master weights:
+            trained ones that are not float32 are converted in place, and checkpoints hold them so. `"fp16"`: the same
+            in float16, with a dynamic loss scale, as `LowLevelZeroPlugin`'s. `"fp32"`: everything is computed in the
+            parameters' own dtype.
         zero_stage: 0, 1 or 2. FSDP2 keeps gathered parameters from forward to backward, and shards parameters,
             gradients and optimizer between steps: the three are the same here, and none needs more memory than
             ColossalAI's.
@@ -91,6 +103,9 @@ class HybridParallelPlugin(Plugin):
         inner_ring_size: see `sp_size`.
 
     Attributes:
+        tp_size: as given.
+        pp_size: 1, for scripts that ask whether there is a pipeline.
+        sp_size: 1, likewise.
         mesh: the `[dp, tp]` mesh, once a model is configured.
 
     Raises:
@@ -160,6 +175,7 @@ class HybridParallelPlugin(Plugin):
         if max_norm:
             clipping.check_norm(max_norm, 2.0)
         self.tp_size = tp_size
+        self.pp_size = self.sp_size = 1
         self.precision = precision
         self._scaling = scaling
         self.zero_stage = zero_stage
@@ -247,6 +263,8 @@ class HybridParallelPlugin(Plugin):
             blocks_module.check_groups(model, blocks)
         where = self._join(model, device)
         mesh = self._known_mesh()
+        if self.precision != "fp32":
+            masters.hold(model)
         placing.broadcast_states(model, [mesh.get_group(axis) for axis in range(mesh.ndim)])
         if alone:
             placing.move(model, optimizer, where)
@@ -271,7 +289,7 @@ class HybridParallelPlugin(Plugin):
         if sharded or isinstance(model, DistributedDataParallel | FSDPModule):
             raise UsageError("the model is spread over ranks already; give HybridParallelPlugin the bare model")
         if self.precision != "fp32":
-            options.check_master_weights(self, model, "precision='fp32'")
+            masters.check_unstepped(self, model, optimizer, names)
         repoint.check_unused(model)
         _, world_size = launch.rank_and_world()
         self._check_ranks(world_size)

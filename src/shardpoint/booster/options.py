@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from shardpoint.booster import loss_scale
@@ -86,23 +85,3 @@ def precision_policy(
         cast_forward_inputs=cast_inputs,
         output_dtype=torch.float32 if float32_outputs else None,
     )
-
-
-def check_master_weights(plugin: object, model: nn.Module, instead: str) -> None:
-    """Check that what the optimizer will step is float32: the parameters themselves are the master weights here.
-
-    Args:
-        plugin: for the message.
-        model: not spread yet.
-        instead: what to pass to train parameters of lower precision.
-
-    Raises:
-        UsageError: a trainable parameter is of lower precision.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in {torch.bfloat16, torch.float16}:
-            raise UsageError(
-                f"{type(plugin).__name__}: {name} is {parameter.dtype}, and the parameters themselves are the master "
-                "weights here: load the model in float32 (it computes in lower precision all the same), or pass "
-                f"{instead} to step parameters of that dtype"
-            )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardpoint.booster import clipping, launch, loss_scale, options
+from shardpoint.booster import clipping, launch, loss_scale, masters, options
 from shardpoint.booster.fsdp import TorchFSDPPlugin
 from shardpoint.errors import UsageError
 
@@ -45,16 +45,12 @@ class _ZeroPlugin(TorchFSDPPlugin):
         """Shard the model in place as `TorchFSDPPlugin` does, and clip the optimizer's gradients before its steps.
 
         Raises:
-            UsageError: as `TorchFSDPPlugin.configure`; or a trainable parameter is not float32 though the optimizer is
-                to step master weights; or the ranks do not divide by `extra_dp_size`.
+            UsageError: as `TorchFSDPPlugin.configure`; or a trainable parameter of lower precision has optimizer state
+                already, or may not be converted with fp16; or the ranks do not divide by `extra_dp_size`.
 
         Collective:
             Every rank.
         """
-        if self._scaling is not None:
-            options.check_master_weights(self, model, "precision='fp32'")
-        elif self.precision == "bf16" and self.master_weights:
-            options.check_master_weights(self, model, "master_weights=False")
         if self.extra_dp_size > 1:
             _, world_size = launch.rank_and_world()
             if world_size % self.extra_dp_size:
@@ -62,12 +58,18 @@ class _ZeroPlugin(TorchFSDPPlugin):
                     f"{type(self).__name__}: extra_dp_size={self.extra_dp_size} does not divide the {world_size} ranks"
                 )
             self.hsdp_shape = (self.extra_dp_size, world_size // self.extra_dp_size)
+        if self._scaling is not None and not self.master_weights:
+            masters.check_low(self, model, "leave master_weights=False out, or use precision='bf16'")
         spread = super().configure(model, optimizer, device=device)
         if optimizer is not None and self._scaling is not None:
             loss_scale.scale_steps(optimizer, self._scaling, on_all_ranks=True)
         if optimizer is not None and self.max_norm:
             clipping.clip_before_steps(optimizer, self.max_norm, self.norm_type)
         return spread
+
+    @property
+    def _holds_masters(self) -> bool:
+        return self.precision != "fp32" and self.master_weights
 
 
 class LowLevelZeroPlugin(_ZeroPlugin):
@@ -80,11 +82,11 @@ class LowLevelZeroPlugin(_ZeroPlugin):
     Args:
         stage: 1 or 2.
         precision: `"bf16"` (default; ColossalAI's is fp16): forward and backward compute in bfloat16, gradients are
-            reduced in float32, and the parameters that the optimizer steps, and checkpoints hold, stay as they are.
+            reduced in float32, and the parameters themselves are the master weights, which checkpoints hold.
             `"fp16"`: the same in float16, with a dynamic loss scale. `Booster.backward` scales the loss; before each
             step (and in `Booster.clip_grad_norm_`) gradients are unscaled, and a step is left out, its gradients
-            dropped, on all ranks where one of any rank's is not finite. Parameters must be float32. The scale is saved
-            and restored with the optimizer. `"fp32"`: everything is computed in the parameters' own dtype.
+            dropped, on all ranks where one of any rank's is not finite. The scale is saved and restored with the
+            optimizer. `"fp32"`: everything is computed in the parameters' own dtype.
         initial_scale: where fp16's loss scale begins; with this default as many steps are left out as it takes to
             come down. Without fp16 it is refused, as the six after it, unless it has its default.
         min_scale: the least scale; 0 is no bound.
@@ -100,8 +102,8 @@ class LowLevelZeroPlugin(_ZeroPlugin):
         overlap_communication: only True.
         overlap_allgather: refused.
         cpu_offload: refused.
-        master_weights: True refuses a model whose trainable parameters are not float32, since they themselves are the
-            master weights; False steps them as they are.
+        master_weights: with True, trainable parameters that are not float32 are converted in place (an optimizer that
+            has state of them already is refused); False steps them as they are, and cannot be had with fp16.
         verbose: refused.
         cast_inputs: cast the inputs of each block to the dtype that it computes in.
         fp8_communication: refused.

@@ -201,10 +201,11 @@ def test_what_does_not_fit_a_scale_is_refused() -> None:
     optimizer.zero_grad()
     booster.backward(loss_of(model, 1), optimizer)
     optimizer.step()
-    for plugin in (LowLevelZeroPlugin(precision="fp16", master_weights=False), GeminiPlugin(precision="fp16")):
-        low = mlp().half()
-        with pytest.raises(UsageError, match=r"float16.*master weights"):
-            Booster(plugin=plugin).boost(low, torch.optim.SGD(low.parameters(), lr=0.1))
+    low = mlp().half()
+    with pytest.raises(UsageError, match=r"float16.*master weights"):
+        Booster(plugin=LowLevelZeroPlugin(precision="fp16", master_weights=False)).boost(
+            low, torch.optim.SGD(low.parameters(), lr=0.1)
+        )
     for cls in (LowLevelZeroPlugin, GeminiPlugin):
         with pytest.raises(
             UsageError, match="growth_interval=7 cannot be honoured: it scales the loss of precision='fp16'"
