@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-TEXTS = ["the cat sat on the mat", "a bird in the hand", "naïve café, 名前 and 😀", "two  spaces\nand a line"]
+TEXTS = ["the cat sat on the mat", "a bird in the hand", "naïve café, 名前 and \U0001f600", "two  spaces\nand a line"]
 CHAT = [{"role": "user", "content": "where is the cat?"}, {"role": "assistant", "content": "on the mat"}]
 _TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

@@ -25,7 +25,7 @@ TRAINED: dict[str, dict[str, torch.Tensor]] = {
         "'q\"u\\o": torch.ones(2),
         "tab\tand\nline": torch.ones(3) * 2,
         "~0#1": torch.ones(1),
-        "😀": torch.ones(2, 2),
+        "\U0001f600": torch.ones(2, 2),
         "caf\u00e9": torch.ones(2) * 5,
         "cafe\u0301": torch.ones(2) * 6,  # looks the same and is another name
         "nul\0": torch.ones(3),
