@@ -198,9 +198,13 @@ def test_what_does_not_fit_a_scale_is_refused() -> None:
     booster.clip_grad_norm_(model, 1.0)
     with pytest.raises(UsageError, match="clip after the last backward"):
         booster.backward(loss_of(model, 1), optimizer)
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # without a step: what comes next is unscaled all the same
     booster.backward(loss_of(model, 1), optimizer)
     optimizer.step()
+    plain = mlp()
+    loss_of(plain, 1).backward()
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-2, atol=1e-3)
     for plugin in (LowLevelZeroPlugin(precision="fp16", master_weights=False), GeminiPlugin(precision="fp16")):
         low = mlp().half()
         with pytest.raises(UsageError, match=r"float16.*master weights"):
