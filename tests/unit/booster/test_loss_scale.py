@@ -216,6 +216,21 @@ def test_what_does_not_fit_a_scale_is_refused() -> None:
             cls(growth_interval=7)
 
 
+@pytest.mark.parametrize(
+    "plugin",
+    [LowLevelZeroPlugin, GeminiPlugin, functools.partial(HybridParallelPlugin, 1)],
+    ids=["zero", "gemini", "tp"],
+)
+def test_a_plugin_clips_what_is_unscaled(plugin: Any) -> None:
+    model, optimizer, booster = boosted(
+        booster=Booster(plugin=plugin(precision="fp16", initial_scale=16, max_norm=0.1))
+    )
+    booster.backward(loss_of(model, 0), optimizer)
+    optimizer.step()
+    norms = torch.stack([parameter.grad.full_tensor().norm() for parameter in model.parameters()])
+    torch.testing.assert_close(norms.norm(), torch.tensor(0.1), rtol=1e-4, atol=0)
+
+
 def test_gradients_are_summed_under_one_scale() -> None:
     model, optimizer, booster = boosted(booster=Booster(plugin=TorchDDPPlugin(), mixed_precision="fp16"))
     alone = boosted()
