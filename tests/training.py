@@ -75,9 +75,26 @@ def train(
     return losses
 
 
+# What gloo cannot send, and what of the same size it can.
+_SENT_AS = {
+    torch.uint16: torch.float16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+}
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a tensor by torch itself."""
     tensor = tensor.detach()
+    if isinstance(tensor, DTensor) and tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)  # torch fails to gather one that has rows
+    if isinstance(tensor, DTensor) and tensor.dtype in _SENT_AS:
+        kind = _SENT_AS[tensor.dtype]
+        shape: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
+        sent = DTensor.from_local(tensor.to_local().view(kind), tensor.device_mesh, tensor.placements, **shape)
+        return sent.full_tensor().view(tensor.dtype)
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 

@@ -16,10 +16,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from shardpoint import Checkpointer, TrainState
+from shardpoint.booster import Booster, TorchFSDPPlugin
 from shardpoint.errors import MismatchError, UsageError
+from tests.distributed import awkward_parameters
 from tests.distributed.reporting import run_and_report
 from tests.optimizers import Masters, Nested
-from tests.training import bits, net, on_disk, optimizer_state, same_bits, train, weights
+from tests.training import bits, net, on_disk, optimizer_state, same_bits, train, weights, whole
 
 
 def buffers() -> dict[str, torch.Tensor]:
@@ -191,6 +193,120 @@ def check_nested_shards_are_stored_whole(out: Path) -> None:
             assert bits(stored[f"{name}.history/1"]) == bits(state["history"][1])
 
 
+def check_nested_states_behind_the_training(out: Path) -> None:
+    for how in ("fsdp", "ddp"):
+        one, two = (wrapped(how, wide(seed)) for seed in (0, 5))
+        first, second = Nested(one.parameters()), Nested(two.parameters())
+        expected = {}
+        with Checkpointer(out / how, async_save=True) as checkpointer:
+            for step in range(1, 4):
+                train(one, first, range(step - 1, step))
+                expected[step] = nested_state(one, first)
+                checkpointer.save(TrainState(model=one, optimizer=first), epoch=0, step=step, batch_size=4)
+        for step, values in expected.items():
+            assert same_bits(on_disk(out / how / f"epoch-0_step-{step}" / "optimizer"), values)
+        with Checkpointer(out / how) as checkpointer:
+            checkpointer.resume(TrainState(model=two, optimizer=second))
+        assert train(one, first, range(3, 6)) == train(two, second, range(3, 6))
+
+
+def wide(seed: int) -> nn.Module:
+    """Return a model with tensors that a save behind the training does not copy at once."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 301), nn.Linear(301, 301), nn.Linear(301, 1))
+
+
+def nested_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return what `Nested` keeps, whole, as it is called on disk."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in inner.named_parameters():
+        state = optimizer.state[parameter]
+        momenta = state["momenta"]
+        found |= {f"{name}.history/{number}": whole(one) for number, one in enumerate(state["history"])}
+        found |= {
+            f"{name}.momenta/fast": whole(momenta["fast"]),
+            f"{name}.momenta/slow~1~0~2": whole(momenta["slow/~#"]),
+        }
+        found |= {f"{name}.momenta/#3/deep": whole(momenta[3]["deep"]), f"{name}.a~1b": whole(state["a/b"])}
+    return found
+
+
+def check_a_nested_optimizer_that_has_stepped_is_sharded_along(out: Path) -> None:
+    model, oracle = net(0), net(0)
+    optimizer, oracle_optimizer = Nested(model.parameters()), Nested(oracle.parameters())
+    for each in ((model, optimizer), (oracle, oracle_optimizer)):
+        train(*each, range(3))
+    Booster(plugin=TorchFSDPPlugin()).boost(model, optimizer)
+    assert isinstance(optimizer.state[model.head.weight]["history"][1], DTensor)
+    assert train(model, optimizer, range(3, 6)) == train(oracle, oracle_optimizer, range(3, 6))
+    assert same_bits(weights(model), weights(oracle))
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(TrainState(model=model, optimizer=optimizer), epoch=0, step=6, batch_size=4)
+    stored = on_disk(out / "epoch-0_step-6" / "optimizer")
+    momentum = oracle_optimizer.state[oracle.head.weight]["momenta"]["slow/~#"]
+    assert bits(stored["head.weight.momenta/slow~1~0~2"]) == bits(momentum)
+
+
+def check_groups_of_shards_reordered_and_added(out: Path) -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        named = {name: one for name, one in model.named_parameters() if not name.startswith("new")}
+        flat = [one for one in named.values() if one.dim() == 1]
+        rest = [one for one in named.values() if one.dim() > 1]
+        return [{"params": rest, "weight_decay": 0.1, "lr": 0.02}, {"params": flat, "betas": (0.5, 0.75)}]
+
+    one, two = net(0), net(5)
+    two.new_rows = nn.Parameter(torch.ones(3, 2))
+    two.new_alone = nn.Parameter(torch.ones(5))
+    for model in (one, two):
+        wrapped("fsdp", model)
+    first = torch.optim.AdamW(groups(one), lr=0.05)
+    train(one, first, range(3))
+    turned = [group | {"params": group["params"][::-1], "lr": 7.0, "weight_decay": 7.0} for group in groups(two)[::-1]]
+    turned[0]["params"].insert(1, two.new_alone)
+    second = torch.optim.AdamW([*turned, {"params": [two.new_rows], "lr": 0.3}])
+    with Checkpointer(out) as checkpointer:
+        checkpointer.save(TrainState(model=one, optimizer=first), epoch=0, step=3, batch_size=4)
+        with pytest.raises(MismatchError, match="new_alone"):
+            checkpointer.resume(TrainState(model=two, optimizer=second))
+        run = checkpointer.resume(TrainState(model=two, optimizer=second), allow_missing=["new*"])
+    assert run is not None
+    assert {line.split(": ")[1].split()[0] for line in run.missing} == {"new_rows", "new_alone"}
+    assert [(group["lr"], group["weight_decay"]) for group in second.param_groups] == [
+        (0.05, 0.01),
+        (0.02, 0.1),
+        (0.3, 0.01),
+    ]
+    assert second.param_groups[0]["betas"] == (0.5, 0.75)
+    assert same_bits(optimizer_state(two, second), optimizer_state(one, first))
+    assert train(one, first, range(3, 6)) == train(two, second, range(3, 6))
+    found = weights(two)
+    assert torch.equal(found.pop("new_rows"), torch.ones(3, 2))
+    assert torch.equal(found.pop("new_alone"), torch.ones(5))
+    assert same_bits(found, weights(one))
+
+
+def check_fused_and_foreach_into_one_another(out: Path) -> None:
+    for how in ("fsdp", "ddp"):
+        for saved, live in (("fused", "foreach"), ("foreach", "fused")):
+            place = out / f"{how}-{saved}"
+            one, two = wrapped(how, net(0)), wrapped(how, net(5))
+            first = torch.optim.AdamW(one.parameters(), lr=0.05, **{saved: True})  # type: ignore[arg-type]
+            second = torch.optim.AdamW(two.parameters(), lr=0.05, **{live: True})  # type: ignore[arg-type]
+            train(one, first, range(3))
+            with Checkpointer(place) as checkpointer:
+                checkpointer.save(TrainState(model=one, optimizer=first), epoch=0, step=3, batch_size=4)
+                checkpointer.resume(TrainState(model=two, optimizer=second))
+            assert same_bits(optimizer_state(two, second), optimizer_state(one, first))
+            assert (second.param_groups[0][live], second.param_groups[0][saved]) == (True, None)
+            # The oracle carries the saved optimizer's very states out the other way; the two ways may round otherwise.
+            oracle = torch.optim.AdamW(one.parameters(), lr=0.05, **{live: True})  # type: ignore[arg-type]
+            for parameter, state in first.state.items():
+                oracle.state[parameter] = state
+            assert train(one, oracle, range(3, 6)) == train(two, second, range(3, 6))
+            assert same_bits(weights(two), weights(one))
+
+
 def check_masters(out: Path) -> None:
     for how in ("fsdp", "ddp"):
         _next_steps(out / how, how, Masters, torch.bfloat16)
@@ -203,6 +319,18 @@ def check_mixed_precision(out: Path) -> None:
 
 def check_adafactor_under_ddp(out: Path) -> None:
     _next_steps(out, "ddp", lambda p: torch.optim.Adafactor(p, lr=0.05))
+
+
+def check_parameters_of_one_process_under_ddp(out: Path) -> None:
+    awkward_parameters.go_on(out.parent / "parameters", "ddp", "plain-3")
+
+
+def check_parameters_of_ddp_under_fsdp(out: Path) -> None:
+    awkward_parameters.go_on(out.parent / "parameters", "fsdp", "ddp-6")
+
+
+def check_parameters_of_fsdp_under_ddp(out: Path) -> None:
+    awkward_parameters.go_on(out.parent / "parameters", "ddp", "fsdp-9")
 
 
 def checks() -> dict[str, Callable[[Path], None]]:

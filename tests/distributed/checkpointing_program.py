@@ -53,6 +53,7 @@ from shardpoint.storage import LocalStore
 from shardpoint.testing import Fault, FaultyStore
 from tests.compat import colossal_layout
 from tests.distributed.reporting import run_and_report
+from tests.language import TEXTS, same_tokenizer, tied_llama, tokenizer
 from tests.training import (
     OPTIMIZERS,
     bits,
@@ -373,6 +374,49 @@ def check_adapters_under_fsdp(out: Path) -> None:
         == (out / "epoch-0_step-4/modeling/model-00001-of-00001.safetensors").stat().st_size
     )
     assert same_bits(on_disk(out / "epoch-0_step-4" / "modeling"), base)
+
+
+def check_tied_adapters_and_a_tokenizer_under_fsdp(out: Path) -> None:
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    words = tokenizer()
+    ids = words(TEXTS[:1], return_tensors="pt")["input_ids"]
+
+    def adapted(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        booster = Booster(plugin=TorchFSDPPlugin())
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+        model = booster.enable_lora(tied_llama(len(words), seed), lora_config=config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model, optimizer, *_ = booster.boost(model, optimizer)
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    model, optimizer = adapted(0)
+    step(model, optimizer)
+    with Checkpointer(out) as checkpointer:
+        state = TrainState(model=model, optimizer=optimizer, tokenizer=words)
+        checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        other, other_optimizer = adapted(3)
+        checkpointer.resume(TrainState(model=other, optimizer=other_optimizer))
+    assert same_bits(weights(other), weights(model))
+    directory = out / "epoch-0_step-1"
+    plain = AutoModelForCausalLM.from_pretrained(directory / "modeling")
+    opened = PeftModel.from_pretrained(plain, str(directory / "adapter" / "default")).eval()
+    with torch.no_grad():
+        assert bits(opened(input_ids=ids).logits) == bits(model.eval()(input_ids=ids).logits)
+    assert step(other, other_optimizer) == step(model.train(), optimizer)
+    found = AutoTokenizer.from_pretrained(directory / "modeling")
+    assert same_tokenizer(found, words)
+    assert GenerationConfig.from_pretrained(directory / "modeling").repetition_penalty == 1.3
+    continued = [opened.generate(**each(TEXTS[0], return_tensors="pt")).tolist() for each in (found, words)]
+    assert continued[0] == continued[1]
 
 
 def check_plain_state_beside_sharded_parameters(out: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 from shardpoint.errors import CheckpointError, ManifestError, TruncatedError, UnsupportedFormatError
+from shardpoint.integrations.dcp import import_dcp
 from shardpoint.integrations.dcp_metadata import read_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -183,6 +185,38 @@ def test_every_flipped_byte_is_read_or_refused(directory: Path) -> None:
             read_metadata(directory)
         except CheckpointError:
             continue
+
+
+def deflated(directory: Path, key: str, values: torch.Tensor) -> None:
+    """Replace a tensor's archive by one with these values, deflated, as no writer of DCP's makes it."""
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(values, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    path = directory / "__0_0.distcp"
+    begin = path.stat().st_size
+    path.write_bytes(path.read_bytes() + packed.getvalue())
+    changes = {"offset": begin, "length": len(packed.getvalue())}
+
+    def change(metadata: Metadata) -> None:
+        index, info = _info(metadata, key)
+        metadata.storage_data[index] = replace(info, **changes)
+
+    rewritten(directory, change)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [pytest.param(torch.arange(6.0).reshape(2, 3), id="true"), pytest.param(torch.zeros(10**7), id="a_bomb")],
+)
+def test_a_deflated_record_is_refused(directory: Path, tmp_path: Path, values: torch.Tensor) -> None:
+    """Torch would inflate it, to whatever size it says."""
+    deflated(directory, "model.weight", values)
+    assert read_metadata(directory)["model.weight"].shape == (2, 3)
+    with pytest.raises(UnsupportedFormatError, match=r"model\.weight in __0_0\.distcp of .* has the compressed record"):
+        import_dcp(directory, tmp_path / "root", epoch=0, step=1, batch_size=1, optimizer_class=None)
+    assert not list((tmp_path / "root").glob("epoch-*"))
 
 
 def test_an_info_of_torchs_is_what_the_test_thinks() -> None:

@@ -14,30 +14,20 @@ import torch
 from torch.optim import Optimizer
 
 from shardpoint.adapters import hugging_face, lora
+from shardpoint.adapters.documents import EXTRA_STATE_NAME, join, rank_document, sampler_document, scheduler_document
 from shardpoint.adapters.grad_scaler import GRAD_SCALER_NAME, scaler_document, scaler_of
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.optimizer import OptimizerTarget, StateTensor, read_optimizer, target_optimizer
 from shardpoint.adapters.state import TrainState
-from shardpoint.adapters.tensors import LocalBytes, describe, dtype_name, live_values, local_tensor, plain_values
-from shardpoint.errors import ManifestError, UsageError
+from shardpoint.adapters.tensors import LocalBytes, describe, dtype_name, local_tensor, plain_values
+from shardpoint.errors import UsageError
 from shardpoint.geometry import Region
 from shardpoint.layout import Mesh
-from shardpoint.manifest import Manifest, decode_document, encode_document
+from shardpoint.manifest import Manifest, encode_document
 from shardpoint.planning import PartNaming, Table, TensorFact
 
 GROUPS_NAME = "param_groups.json"
 SMALL_BYTES = 64 * 2**10
-EXTRA_STATE_NAME = "extra_state.json"
-
-
-def rank_document(directory: str, rank: int) -> str:
-    """Return the path of one rank's document."""
-    return f"{directory}/rank-{rank:05d}.json"
-
-
-def join(*parts: str) -> str:
-    """Join the components of a path, leaving out the empty ones."""
-    return "/".join(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +39,20 @@ class Held:
         region: the part.
         is_stable: whether nothing but an optimizer's step changes it (parameters, optimizer states).
         part: the tensor's local part, where it is known already.
+        read: for what is not in memory, reads the part anew; `tensor` is a stand-in then.
     """
 
     tensor: torch.Tensor
     region: Region
     is_stable: bool = True
     part: torch.Tensor | None = None
+    read: Callable[[], torch.Tensor] | None = None
 
     @property
     def local(self) -> torch.Tensor:
         """This rank's part, sharing the tensor's memory."""
+        if self.read is not None:
+            return self.read()
         return self.part if self.part is not None else local_tensor(self.tensor)
 
     def open(self) -> LocalBytes:
@@ -143,6 +137,7 @@ class Collected:
     under_adapters: set[str] = field(default_factory=set)
     _facts: list[TensorFact] = field(default_factory=list)
     _names: set[tuple[str, str]] = field(default_factory=set)
+    _tied: dict[tuple[str, str], str] = field(default_factory=dict)
     _meshes: dict[Mesh, int] = field(default_factory=dict)
     _members: list[tuple[str, str]] = field(default_factory=list)
 
@@ -163,10 +158,7 @@ class Collected:
         is_stable: bool = True,
         is_still: bool = False,
     ) -> None:
-        name = (part, key)
-        if name in self._names:
-            text = f"{_place(part, fqn, state)}: another tensor of this rank is called {key!r} in {part} too"
-            raise UsageError(text)
+        name = self._new_name(part, fqn, state, key)
         known, local = self.known.get(name), local_tensor(tensor)
         if known is None or not known.still_holds(tensor, local, mesh):
             known = self._look(part, fqn, state, key, tensor, mesh)
@@ -175,9 +167,31 @@ class Collected:
         if (fact.fqn, fact.state, fact.mesh, fact.is_still) != (fqn, state, index, is_still):
             fact = replace(fact, fqn=fqn, state=state, mesh=index, is_still=is_still)
         self._facts.append(fact)
-        self._names.add(name)
         if known.region is not None:
             self.held[name] = Held(tensor, known.region, is_stable, local)
+
+    def add_unread(
+        self,
+        part: str,
+        fqn: str,
+        state: str | None,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        read: Callable[[], torch.Tensor],
+    ) -> None:
+        """Add a whole tensor that this rank alone has, and reads only when its bytes are written."""
+        key = fqn if state is None else f"{fqn}.{state}"
+        name = self._new_name(part, fqn, state, key)
+        dtype_of = dtype_name(dtype, _place(part, fqn, state))
+        self._facts.append(TensorFact(part, fqn, state, key, dtype_of, shape, None, ()))
+        self.held[name] = Held(torch.empty(0), Region.whole(shape), read=read)
+
+    def _new_name(self, part: str, fqn: str, state: str | None, key: str) -> tuple[str, str]:
+        if (part, key) in self._names:
+            text = f"{_place(part, fqn, state)}: another tensor of this rank is called {key!r} in {part} too"
+            raise UsageError(text)
+        self._names.add((part, key))
+        return part, key
 
     def _look(
         self, part: str, fqn: str, state: str | None, key: str, tensor: torch.Tensor, replicated_over: Mesh | None
@@ -212,9 +226,10 @@ class Collected:
                 still: under adapters all of them, elsewhere those of more than 64 KiB.
         """
         self.naming.setdefault(part, PartNaming(stem))
-        where = lora.places(named)
+        by_name, again = named.by_name(), lora.second_places(named)
+        where = lora.places(named) | again
         under_adapters = bool(lora.adapter_names(named.root))
-        for tensor in named.tensors:
+        for tensor in [*named.tensors, *(replace(by_name[named.aliases[name]], fqn=name) for name in again)]:
             place, live = where[tensor.fqn], tensor.tensor
             target = part
             is_still = has_optimizer and tensor.is_parameter and not live.requires_grad
@@ -224,10 +239,22 @@ class Collected:
                 is_still = False
             elif not under_adapters:
                 is_still = is_still and live.numel() * live.element_size() > SMALL_BYTES
+            if tensor.fqn in again:
+                self._tied[target, tensor.fqn] = named.aliases[tensor.fqn]
             self._add(
                 target, tensor.fqn, None, place.key, live, tensor.mesh,
                 is_stable=tensor.is_parameter, is_still=is_still,
             )  # fmt: skip
+
+    def untied(self, manifest: Manifest) -> list[str]:
+        """Return what is one tensor here and two different ones in a checkpoint: both would be read into one memory."""
+        stored = {(entry.part, entry.fqn): entry for entry in manifest.tensors if entry.state is None}
+        found: list[str] = []
+        for (part, again), first in self._tied.items():
+            one, other = stored.get((part, first)), stored.get((part, again))
+            if one is not None and other is not None and one.crc64nvme != other.crc64nvme:
+                found.append(f"{part}: {again} is tied to {first}, and the checkpoint has other values for it")
+        return found
 
     def add_model_documents(self, named: NamedModule, part: str, adapters: str, tokenizer: Any) -> None:
         """Add the files beside the weights; only the coordinator needs to."""
@@ -360,106 +387,3 @@ def _rank_documents(role: str, state: TrainState, rank: int) -> dict[str, bytes]
         is_plain = isinstance(value, dict)
         documents[path] = encode_document(plain_values(value, path)) if is_plain else sampler_document(value, path)
     return documents
-
-
-def sampler_document(sampler: Any, path: str) -> bytes:
-    """Return a sampler's or loader's state as a document.
-
-    Raises:
-        UsageError: it has no `state_dict`, or its state cannot come back exactly; the value's place is named.
-    """
-    kind = type(sampler).__name__
-    if not callable(getattr(sampler, "state_dict", None)):
-        text = f"{path}: a {kind} has no state_dict: give the sampler that it reads from, or a StatefulDataLoader"
-        raise UsageError(text)
-    try:
-        return encode_document(plain_values(sampler.state_dict(), path))
-    except UsageError as error:
-        text = f"{path}: the state of the {kind} cannot be saved: {error}"
-        raise UsageError(text) from error
-
-
-def scheduler_document(lr_scheduler: Any, path: str) -> bytes:
-    """Return a scheduler's class and state as a document.
-
-    Raises:
-        UsageError: it has no `state_dict`, or its state cannot come back exactly.
-    """
-    if not hasattr(lr_scheduler, "state_dict"):
-        text = f"{path}: {type(lr_scheduler).__name__} has no state_dict"
-        raise UsageError(text)
-    values = plain_values(lr_scheduler.state_dict(), path)
-    return encode_document({"class": scheduler_class(lr_scheduler), "state": values})
-
-
-def scheduler_class(lr_scheduler: Any) -> str:
-    """Return a scheduler's class, with those of the schedulers that it is made of: `SequentialLR(LinearLR, StepLR)`."""
-    children = getattr(lr_scheduler, "_schedulers", None)
-    name = type(lr_scheduler).__name__
-    if not isinstance(children, list | tuple):
-        return name
-    return f"{name}({', '.join(scheduler_class(child) for child in children)})"
-
-
-def scheduler_state(lr_scheduler: Any, data: bytes, path: str) -> tuple[Any, str | None]:
-    """Return the state in a scheduler's document, and what is wrong with it for this scheduler, if anything.
-
-    A scheduler takes over whatever its `load_state_dict` is given, so another class's state would be half used in
-    silence.
-
-    Raises:
-        ManifestError: the document is not a scheduler's.
-    """
-    document = decode_document(data, path)
-    if not isinstance(document, dict) or set(document) != {"class", "state"}:
-        raise ManifestError(f"{path} is not the document of a scheduler", key=path)
-    stored, live = document["class"], scheduler_class(lr_scheduler)
-    problem = f"{path}: the state of {stored}, the target is {live}" if stored != live else None
-    return live_values(document["state"]), problem
-
-
-@dataclass(frozen=True, slots=True)
-class ExtraStates:
-    """What modules keep outside their tensors, as a checkpoint has it.
-
-    Attributes:
-        missing: (name, line) of modules of the target that the checkpoint has none for; the name as torch's state dict
-            has it, `<module>._extra_state`.
-        unexpected: the same of modules that the checkpoint has some for and that are not in the target.
-    """
-
-    missing: list[tuple[str, str]]
-    unexpected: list[tuple[str, str]]
-    _named: NamedModule
-    _values: dict[str, Any]
-
-    def install(self) -> None:
-        """Put it back, where both have it."""
-        for name, module in self._named.extra_states.items():
-            if name in self._values:
-                module.set_extra_state(self._values[name])
-
-
-def match_extra_states(named: NamedModule, data: bytes | None, part: str) -> ExtraStates:
-    """Compare a model's `get_extra_state` modules with a checkpoint's.
-
-    Args:
-        named: the model; not changed.
-        data: the part's document, or None where it has none.
-        part: the part of the checkpoint.
-
-    Raises:
-        ManifestError: the document is not one.
-    """
-    values = live_values(decode_document(data, join(part, EXTRA_STATE_NAME))) if data is not None else {}
-    if not isinstance(values, dict):
-        raise ManifestError(
-            f"{join(part, EXTRA_STATE_NAME)} is not a table of modules", key=join(part, EXTRA_STATE_NAME)
-        )
-
-    def told(names: Iterable[str]) -> list[tuple[str, str]]:
-        return [(f"{name}._extra_state", f"{part}: extra state of {name}") for name in names]
-
-    missing = told(name for name in named.extra_states if name not in values)
-    unexpected = told(name for name in values if name not in named.extra_states)
-    return ExtraStates(missing, unexpected, named, values)

@@ -79,6 +79,25 @@ def places(named: NamedModule) -> dict[str, Place]:
     return {tensor.fqn: _place(tensor.fqn, layers) for tensor in named.tensors}
 
 
+def second_places(named: NamedModule) -> dict[str, Place]:
+    """Return where peft looks a second time for what is stored once already, by the further name of a tied tensor.
+
+    Of a `modules_to_save` that is tied (`ensure_weight_tying=True`) peft wants each name in the adapter's file; of
+    every other tied tensor the first is enough.
+    """
+    if peft_root(named.root) is None or not named.aliases:
+        return {}
+    layers = _adapter_layers(named.root)
+    wanted = (alias for alias in named.aliases if _is_saved_module(alias, layers))
+    return {alias: _place(alias, layers) for alias in wanted}
+
+
+def _is_saved_module(fqn: str, layers: dict[str, frozenset[str]]) -> bool:
+    return any(
+        fqn.startswith(f"{prefix}modules_to_save.") for prefix, held in layers.items() if "modules_to_save" in held
+    )
+
+
 def _adapter_layers(root: nn.Module) -> dict[str, frozenset[str]]:
     """Return the path of each peft layer -> the attributes that hold adapters' parameters."""
     tuner = _peft_class("peft.tuners.tuners_utils", "BaseTunerLayer")

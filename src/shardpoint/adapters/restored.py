@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shardpoint.adapters.collect import scheduler_document
+from shardpoint.adapters.documents import scheduler_document
 from shardpoint.adapters.nesting import leaves, put_together
 from shardpoint.adapters.optimizer import HOW_TO_STEP, OptimizerTarget, same_memory
 from shardpoint.adapters.state import RunState

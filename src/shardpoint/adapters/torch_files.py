@@ -7,8 +7,11 @@ tells. They can be read like those of any other tensor file: by runs, by threads
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shardpoint.adapters.tensors import dtype_name
 from shardpoint.errors import NotFoundError, TruncatedError, UnsupportedFormatError
+
+_ZIP_MAGIC = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,15 @@ def read_values(file: str | io.BytesIO, place: str) -> Any:
     Raises:
         NotFoundError: it is not there.
         TruncatedError: it is not a whole archive.
-        UnsupportedFormatError: it holds something that is neither a tensor nor plain data.
+        UnsupportedFormatError: it holds something that is neither a tensor nor plain data, or is compressed.
     """
     try:
+        _refuse_compressed(file, place)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, str))
     except FileNotFoundError as error:
         raise NotFoundError(f"{place} is not there") from error
+    except UnsupportedFormatError:
+        raise
     except Exception as error:
         # torch raises RuntimeError, EOFError, UnpicklingError, ... without telling damage from what it refuses.
         if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
@@ -58,6 +66,33 @@ def read_values(file: str | io.BytesIO, place: str) -> Any:
             raise UnsupportedFormatError(text) from error
         text = f"{place} cannot be read as a file of torch.save: {_first_line(error)}. Load another checkpoint"
         raise TruncatedError(text, key=place, expected="a whole archive", actual=type(error).__name__) from error
+
+
+def _refuse_compressed(file: str | io.BytesIO, place: str) -> None:
+    """Refuse an archive with a record whose bytes are not those of the tensor.
+
+    torch tells the place of a compressed one as if it were plain, and gives one that it inflates as much memory as that
+    asks for.
+
+    Raises:
+        UnsupportedFormatError: there is one.
+        BadZipFile: it begins as an archive and is none.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+                    raise UnsupportedFormatError(
+                        f"{place} has the compressed record {record.filename}, which torch.save never writes: load it "
+                        "with torch, and save it again"
+                    )
+    except zipfile.BadZipFile:
+        with nullcontext(file) if isinstance(file, io.BytesIO) else Path(file).open("rb") as opened:
+            opened.seek(0)
+            if opened.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:  # torch may see an archive where this reader sees none
+                raise
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
 
 
 def locate_tensors(path: str, place: str) -> dict[Any, Any]:

@@ -301,9 +301,7 @@ class HybridParallelPlugin(Plugin):
 def _check_unstepped(optimizer: Optimizer, names: repoint.GroupNames) -> None:
     for group, group_names in zip(optimizer.param_groups, names, strict=True):
         for parameter, name in zip(group["params"], group_names, strict=True):
-            if any(
-                isinstance(value, torch.Tensor) and value.ndim for value in optimizer.state.get(parameter, {}).values()
-            ):
+            if repoint.has_state(optimizer, parameter):
                 raise UsageError(f"the optimizer has state of {name} already: boost before the first step, then resume")
 
 

@@ -6,6 +6,7 @@ the old ones, silently. What is checked is checked before anything changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from shardpoint.adapters.nesting import MAX_DEPTH, SCALARS
 from shardpoint.errors import UsageError
 
 GroupNames = list[list[str]]
+_SEQUENCES = (list, tuple)
 
 
 def reshard(model: nn.Module) -> None:
@@ -60,25 +63,63 @@ def check_can_shard(optimizer: Optimizer, names: GroupNames) -> None:
     """Check that everything the optimizer and its parameters carry can go along when they are sharded.
 
     Raises:
-        UsageError: it holds state of another shape than its parameter's, state of an already sharded parameter, or a
-            parameter has a gradient or hooks, which `fully_shard` would drop.
+        UsageError: it holds state of another shape than its parameter's, state of an already sharded parameter, or
+            state in which tensors cannot be looked for.
     """
     for group, group_names in zip(optimizer.param_groups, names, strict=True):
         for parameter, name in zip(group["params"], group_names, strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            for path, value in _leaves(optimizer, parameter):
+                place = f"the optimizer's state {path} of {name}"
+                if type(value) in SCALARS or (isinstance(value, torch.Tensor) and value.ndim == 0):
                     continue
+                if not isinstance(value, torch.Tensor):
+                    raise UsageError(
+                        f"{place} is a {type(value).__name__}, which cannot be sharded along: only tensors, numbers "
+                        "and strings can, and dicts, lists and tuples of those; boost before the first step"
+                    )
                 if value.shape != parameter.shape:
                     raise UsageError(
-                        f"the optimizer's state {key!r} of {name} has shape {list(value.shape)}, the parameter "
-                        f"{list(parameter.shape)}: it cannot be sharded along; boost before the first step, or use an "
-                        "optimizer whose state has its parameters' shapes"
+                        f"{place} has shape {list(value.shape)}, the parameter {list(parameter.shape)}: it cannot be "
+                        "sharded along; boost before the first step, or use an optimizer whose state has its "
+                        "parameters' shapes"
                     )
                 if isinstance(value, DTensor):
                     raise UsageError(
-                        f"the optimizer already has state {key!r} of {name}, which is distributed already (tensor "
-                        "parallel): it cannot be sharded further; boost before the first step"
+                        f"{place} is distributed already (tensor parallel): it cannot be sharded further; boost before "
+                        "the first step"
                     )
+
+
+def has_state(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
+    """Tell whether an optimizer has more of a parameter than numbers and strings, in whatever nest."""
+    return any(
+        value.ndim > 0 if isinstance(value, torch.Tensor) else type(value) not in SCALARS
+        for _, value in _leaves(optimizer, parameter)
+    )
+
+
+def _leaves(optimizer: Optimizer, parameter: torch.Tensor) -> Iterator[tuple[str, Any]]:
+    """Yield a parameter's states with where they stand; those in dicts, lists and tuples one by one.
+
+    Raises:
+        UsageError: a nest is too deep, or holds itself.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        yield from _nested(value, repr(key), 0)
+
+
+def _nested(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+    if depth > MAX_DEPTH:
+        first = path.partition("[")[0]
+        raise UsageError(f"the optimizer's state {first} is nested deeper than {MAX_DEPTH} levels")
+    if type(value) is dict:
+        for key, item in value.items():
+            yield from _nested(item, f"{path}[{key!r}]", depth + 1)
+    elif type(value) in _SEQUENCES:
+        for index, item in enumerate(value):
+            yield from _nested(item, f"{path}[{index}]", depth + 1)
+    else:
+        yield path, value
 
 
 def check_unused(model: nn.Module) -> None:
@@ -111,7 +152,8 @@ def repoint(model: nn.Module, optimizer: Optimizer, names: GroupNames) -> None:
     """Give the optimizer the model's present parameters under the same names, and take its state along.
 
     The optimizer, its group dicts and their lists stay the objects they were: a scheduler bound to them still works.
-    State of a parameter's shape gets its placements and device; scalars stay as they are.
+    State of a parameter's shape gets its placements and device, in dicts, lists and tuples too; scalars stay as they
+    are.
     """
     present = dict(model.named_parameters())
     for group, group_names in zip(optimizer.param_groups, names, strict=True):
@@ -125,6 +167,10 @@ def repoint(model: nn.Module, optimizer: Optimizer, names: GroupNames) -> None:
 
 
 def _placed_like(value: Any, parameter: nn.Parameter) -> Any:
+    if type(value) is dict:
+        return {key: _placed_like(item, parameter) for key, item in value.items()}
+    if type(value) in _SEQUENCES:
+        return type(value)(_placed_like(item, parameter) for item in value)
     if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return value
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:

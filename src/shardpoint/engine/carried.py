@@ -8,7 +8,8 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from shardpoint.adapters.collect import Collected, join, rank_document
+from shardpoint.adapters.collect import Collected
+from shardpoint.adapters.documents import join, rank_document
 from shardpoint.adapters.grad_scaler import (
     GRAD_SCALER_NAME,
     scaler_differences,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from shardpoint.adapters.collect import scheduler_class
+from shardpoint.adapters.documents import scheduler_class
 from shardpoint.adapters.names import NamedModule
 from shardpoint.adapters.optimizer import named_groups
 from shardpoint.adapters.tensors import dtype_name, plain_values

@@ -12,7 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from shardpoint.adapters.collect import GROUPS_NAME, Collected, join
+from shardpoint.adapters.collect import GROUPS_NAME, Collected
+from shardpoint.adapters.documents import join
 from shardpoint.adapters.state import RunState
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, Committed, RootOwner, acquire_root

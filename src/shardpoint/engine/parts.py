@@ -16,10 +16,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardpoint.adapters import lora
-from shardpoint.adapters.collect import (
+from shardpoint.adapters.collect import GROUPS_NAME, Collected
+from shardpoint.adapters.documents import (
     EXTRA_STATE_NAME,
-    GROUPS_NAME,
-    Collected,
     join,
     match_extra_states,
     scheduler_document,
@@ -296,6 +295,7 @@ def load_model(model: nn.Module, path: StrPath, *, comm: Comm, strict: bool = Tr
         # The adapters' directory stands beside `modeling/`, or inside a directory that is the model itself.
         adapters = join(part.rpartition("/")[0], "adapter")
         collected.add_model(named, part, adapters)
+        collected.problems += collected.untied(source.manifest)
         parts = {part, *(join(adapters, name) for name in lora.adapter_names(named.root))}
         extra = match_extra_states(named, source.document(join(part, EXTRA_STATE_NAME)), part)
         collected.missing_of += extra.missing

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
-from shardpoint.adapters.collect import Held, join
+from shardpoint.adapters.collect import Held
+from shardpoint.adapters.documents import join
 from shardpoint.adapters.exchange import open_exchange
 from shardpoint.adapters.staging import Copier
 from shardpoint.checksum import crc64, pack_partials, to_hex

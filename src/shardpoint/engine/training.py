@@ -8,17 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from shardpoint.adapters import lora
-from shardpoint.adapters.collect import (
-    EXTRA_STATE_NAME,
-    GROUPS_NAME,
-    Collected,
-    Known,
-    collect_roles,
-    join,
-    match_extra_states,
-    rank_document,
-    scheduler_state,
-)
+from shardpoint.adapters.collect import GROUPS_NAME, Collected, Known, collect_roles
+from shardpoint.adapters.documents import EXTRA_STATE_NAME, join, match_extra_states, rank_document, scheduler_state
 from shardpoint.adapters.names import NamedModule, name_tensors
 from shardpoint.adapters.nesting import is_skeleton
 from shardpoint.adapters.restored import (
@@ -262,6 +253,7 @@ def _add_weights(
 ) -> set[str]:
     modeling, adapters = join(role, "modeling"), join(role, "adapter")
     collected.add_model(named, modeling, adapters)
+    collected.problems += collected.untied(source.manifest)
     extra = match_extra_states(named, source.document(join(modeling, EXTRA_STATE_NAME)), modeling)
     collected.missing_of += extra.missing
     collected.unexpected_of += extra.unexpected

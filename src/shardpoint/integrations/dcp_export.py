@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from shardpoint.adapters.collect import EXTRA_STATE_NAME, GROUPS_NAME, join
+from shardpoint.adapters.collect import GROUPS_NAME
+from shardpoint.adapters.documents import EXTRA_STATE_NAME, join
 from shardpoint.adapters.tensors import live_values, stored_bytes, torch_dtype
 from shardpoint.catalog import open_path
 from shardpoint.checksum import crc64, to_hex

@@ -1,13 +1,14 @@
 """How a checkpoint that PyTorch's DCP wrote becomes a committed checkpoint: read without running anything, then saved.
 
-Tensors and values are read with `torch.load(weights_only=True)`, from the places that `.metadata` tells of.
+Tensors and values are read with `torch.load(weights_only=True)`, from the places that `.metadata` tells of; each tensor
+when its bytes are written, so that one at a time is in memory.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardpoint.adapters.collect import Collected, join
+from shardpoint.adapters.collect import Collected
+from shardpoint.adapters.documents import join
 from shardpoint.adapters.hugging_face import TOKENIZER_FILES
-from shardpoint.adapters.names import NamedModule, NamedTensor
-from shardpoint.adapters.optimizer import StateTensor
 from shardpoint.adapters.state import TrainState, as_roles
 from shardpoint.adapters.tensors import plain_values, raw_tensor, stored_bytes
 from shardpoint.adapters.torch_files import read_values
@@ -44,6 +44,7 @@ from shardpoint.errors import (
     UsageError,
 )
 from shardpoint.integrations.dcp_metadata import DEFAULT_KEYS, Keys, Piece, Stored, read_metadata
+from shardpoint.planning import PartNaming
 from shardpoint.storage import BufferPool, LocalStore
 
 StrPath = str | os.PathLike[str]
@@ -102,7 +103,7 @@ def import_dcp(
         On return the checkpoint is committed and survives power loss; before it, nothing is visible.
 
     Memory:
-        The state once, and the largest stored part of a tensor twice.
+        64 MiB, the largest tensor, and its largest stored part twice; two of those that are said to be tied.
     """
     run = run_state(epoch, step, batch_size)
     if role:
@@ -116,11 +117,16 @@ def import_dcp(
 
     def collect() -> Collected:
         collected = Collected(0)
-        named = _model(reader, keys, tied or {})
-        collected.add_model(named, join(role, "modeling"), join(role, "adapter"))
+        modeling, optimizer = join(role, "modeling"), join(role, "optimizer")
+        stored = _model(reader, keys, tied or {})
+        collected.naming[modeling] = PartNaming("model")
+        for fqn, entry in stored.items():
+            reader.add(collected, modeling, fqn, None, entry)
         if optimizer_class is not None:
-            document, states = _optimizer(reader, keys.optimizer, optimizer_class, named)
-            collected.add_optimizer_state(document, states, join(role, "optimizer"))
+            document, states = _optimizer(reader, keys.optimizer, optimizer_class, stored)
+            collected.add_optimizer_state(document, (), optimizer)
+            for fqn, state, entry in states:
+                reader.add(collected, optimizer, fqn, state, entry)
         collected.coordinator_documents |= {join(role, "modeling", path): data for path, data in documents.items()}
         return collected
 
@@ -166,6 +172,15 @@ class _Reader:
             whole[places].copy_(part)
         return whole
 
+    def add(self, collected: Collected, part: str, fqn: str, state: str | None, stored: Stored) -> None:
+        """Add a tensor to what is saved; it is read when its turn comes.
+
+        Raises:
+            UsageError: it cannot be stored.
+        """
+        assert stored.dtype is not None  # noqa: S101 - whoever calls has looked
+        collected.add_unread(part, fqn, state, stored.dtype, stored.shape, lambda: self.tensor(stored))
+
     def value(self, stored: Stored) -> Any:
         """Return a value that is no tensor; raises as `tensor`."""
         return self._load(stored.key, stored.pieces[0])
@@ -188,8 +203,8 @@ def _below(key: str, prefix: str) -> str | None:
     return key.removeprefix(head) if key.startswith(head) else None
 
 
-def _model(reader: _Reader, keys: Keys, tied: Mapping[str, str]) -> NamedModule:
-    """Read the model.
+def _model(reader: _Reader, keys: Keys, tied: Mapping[str, str]) -> dict[str, Stored]:
+    """Return where the model's tensors are, by name; of those that are tied the first one.
 
     Raises:
         NotFoundError: there is none.
@@ -211,37 +226,36 @@ def _model(reader: _Reader, keys: Keys, tied: Mapping[str, str]) -> NamedModule:
     if values:
         text = f"the model in {reader.directory} has values that are no tensors: {values[:_MAX_NAMED]}"
         raise UnsupportedFormatError(text)
-    tensors = {name: reader.tensor(entry) for name, entry in stored.items()}
     for alias, name in tied.items():
-        one, other = tensors.get(alias), tensors.get(name)
+        one, other = stored.get(alias), stored.get(name)
         if one is None or other is None:
             lacking = alias if one is None else name
             raise MismatchError(f"{lacking} was said to be tied, and is not in the model", missing=[lacking])
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or not torch.equal(
-            stored_bytes(one), stored_bytes(other)
-        ):
+        if not _are_equal(reader, one, other):
             text = f"{alias} and {name} were said to be tied, and differ"
             raise MismatchError(text, mismatched=[f"{alias}: not what {name} is"])
-        del tensors[alias]
-    named = NamedModule(nn.Module())
-    # All count as parameters: what DCP stores does not tell buffers apart, and only a save behind a training asks.
-    named.tensors = [NamedTensor(name, tensor, is_parameter=True, mesh=None) for name, tensor in tensors.items()]
-    return named
+        del stored[alias]
+    return stored
+
+
+def _are_equal(reader: _Reader, one: Stored, other: Stored) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+        stored_bytes(reader.tensor(one)), stored_bytes(reader.tensor(other))
+    )
 
 
 def _optimizer(
-    reader: _Reader, key: str, class_name: str, named: NamedModule
-) -> tuple[dict[str, Any], list[StateTensor]]:
-    """Read the optimizer: its document, and the states that are tensors.
+    reader: _Reader, key: str, class_name: str, known: Collection[str]
+) -> tuple[dict[str, Any], list[tuple[str, str, Stored]]]:
+    """Return the optimizer's document, and (parameter, state, where it is) of the states that are tensors.
 
     Raises:
         MismatchError: there is none, or it has a state of a parameter that the model has not.
         UsageError: a value cannot be stored.
     """
-    known = {tensor.fqn for tensor in named.tensors}
     states, groups = f"{key}.state", f"{key}.param_groups"
     scalars: dict[str, dict[str, Any]] = {}
-    tensors: list[StateTensor] = []
+    tensors: list[tuple[str, str, Stored]] = []
     lost: list[str] = []
     options = {rest: entry for flat, entry in reader.entries.items() if (rest := _below(flat, groups)) is not None}
     if not options:
@@ -263,7 +277,7 @@ def _optimizer(
         elif not entry.shape:
             scalars.setdefault(name, {})[state] = raw_tensor(reader.tensor(entry), flat)
         else:
-            tensors.append(StateTensor(name, state, reader.tensor(entry), None))
+            tensors.append((name, state, entry))
     lost += [f"{name}: in a param group, and not in the model" for name in _members(described) if name not in known]
     if lost:
         text = f"the optimizer in {reader.directory} does not fit the model: {'; '.join(lost[:_MAX_NAMED])}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from shardpoint.adapters.torch_files import Located, locate_tensors
+from shardpoint.adapters.torch_files import Located, locate_tensors, read_values
 from shardpoint.errors import NotFoundError, TruncatedError, UnsupportedFormatError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -50,3 +52,40 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(TruncatedError):
         locate_tensors(str(path), "file")
+
+
+def repacked(data: bytes, compressed: str) -> bytes:
+    """Return an archive of torch.save with the records of a name compressed, which torch itself never does."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(target, "w") as new:
+        for record in old.infolist():
+            kind = zipfile.ZIP_DEFLATED if compressed in record.filename else zipfile.ZIP_STORED
+            new.writestr(record.filename, old.read(record), kind)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("compressed", ["/data/0", "data.pkl"])
+def test_a_compressed_record_is_refused_and_not_misread(compressed: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    torch.save({"weight": torch.ones(1000)}, path)
+    plain, packed = repacked(path.read_bytes(), "nothing"), repacked(path.read_bytes(), compressed)
+    path.write_bytes(plain)
+    place = locate_tensors(str(path), "file")["weight"]
+    assert plain[place.byte_offset :][: place.num_bytes] == bytes_of(torch.ones(1000))
+    assert torch.equal(read_values(io.BytesIO(plain), "file")["weight"], torch.ones(1000))
+    path.write_bytes(packed)
+    assert torch.load(path, weights_only=True)["weight"].shape == (1000,), "torch takes it"
+    with pytest.raises(UnsupportedFormatError, match=f"the weights has the compressed record .*{compressed}"):
+        locate_tensors(str(path), "the weights")
+    with pytest.raises(UnsupportedFormatError, match="compressed record"):
+        read_values(io.BytesIO(packed), "the weights")
+
+
+def test_an_archive_of_which_only_torch_sees_the_end_is_no_archive(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    torch.save({"weight": torch.ones(1000)}, path)
+    path.write_bytes(repacked(path.read_bytes(), "/data/0") + b"\0" * 2**17)  # beyond the longest comment
+    with pytest.raises(TruncatedError):
+        locate_tensors(str(path), "file")
+    with pytest.raises(TruncatedError):
+        read_values(io.BytesIO(path.read_bytes()), "file")

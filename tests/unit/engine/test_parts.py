@@ -291,18 +291,22 @@ def adapter_config(kind: str) -> Any:
         "dora": {"use_dora": True},
         "embeddings": {"modules_to_save": ["embed_tokens"]},
         "two": {},
+        "tied": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        "tied_tokens": {"trainable_token_indices": {"embed_tokens": [1, 5]}},
     }
     return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more[kind])
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("kind", ["dora", "embeddings", "two", "vera"])
+@pytest.mark.parametrize("kind", ["dora", "embeddings", "two", "vera", "tied", "tied_tokens"])
 def test_every_kind_of_adapter_goes_on_and_opens_with_peft(kind: str, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     def made(seed: int) -> tuple[Any, torch.optim.Optimizer]:
         torch.manual_seed(seed)
-        model: Any = get_peft_model(llama(seed, tied=kind == "embeddings"), adapter_config(kind))
+        model: Any = get_peft_model(
+            llama(seed, tied=kind in ("embeddings", "tied", "tied_tokens")), adapter_config(kind)
+        )
         if kind == "two":
             model.add_adapter("other", LoraConfig(r=3, target_modules=["v_proj"], task_type="CAUSAL_LM"))
             model.set_adapter("default")
@@ -321,6 +325,11 @@ def test_every_kind_of_adapter_goes_on_and_opens_with_peft(kind: str, tmp_path: 
 
     model, optimizer = made(0)
     steps(model, optimizer, range(2))
+    at_save = {}
+    for adapter in [*model.peft_config][::-1]:  # the last one is that which is trained
+        model.set_adapter(adapter)
+        at_save[adapter] = model.eval()(input_ids=torch.arange(8).reshape(1, 8)).logits.detach()
+    model.train()
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(TrainState(model=model, optimizer=optimizer), epoch=0, step=2, batch_size=1)
         expected, whole = weights(model), steps(model, optimizer, range(2, 5))
@@ -329,11 +338,42 @@ def test_every_kind_of_adapter_goes_on_and_opens_with_peft(kind: str, tmp_path: 
     assert same_bits(weights(other), expected)
     assert steps(other, other_optimizer, range(2, 5)) == whole
     directory = tmp_path / "epoch-0_step-2"
+    if kind.startswith("tied"):
+        model.save_pretrained(tmp_path / "peft")
+        assert on_disk(directory / "adapter" / "default").keys() == on_disk(tmp_path / "peft").keys()
+        assert "lm_head.weight" not in on_disk(directory / "modeling")
     for adapter in other.peft_config:
         plain = PeftModel.from_pretrained(opened(directory / "modeling"), str(directory / "adapter" / adapter))
         held = {k.replace(f".{adapter}", ".default"): v for k, v in expected.items() if f".{adapter}" in k}
         assert held
         assert same_bits({k: v for k, v in weights(plain).items() if k in held}, held)
+        ids = torch.arange(8).reshape(1, 8)
+        assert bits(plain.eval()(input_ids=ids).logits) == bits(at_save[adapter])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_modules_to_save_that_were_not_tied_are_not_mixed_into_tied_ones(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def made(*, tied: bool) -> Any:
+        modules = ["lm_head", "embed_tokens"]
+        config = LoraConfig(
+            r=2, target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM", ensure_weight_tying=tied
+        )
+        return get_peft_model(llama(0), config)
+
+    apart, tied = made(tied=False), made(tied=True)
+    head = apart.get_parameter("base_model.model.lm_head.modules_to_save.default.weight")
+    before = weights(tied)
+    with Checkpointer(tmp_path / "apart") as checkpointer:
+        checkpointer.save(TrainState(model=apart), epoch=0, step=1, batch_size=1)
+        checkpointer.resume(TrainState(model=tied))  # nothing was trained: both are what they are tied to
+        with torch.no_grad():
+            head.add_(1)
+        checkpointer.save(TrainState(model=apart), epoch=0, step=2, batch_size=1)
+        with pytest.raises(MismatchError, match=r"lm_head\.modules_to_save\.default\.weight is tied to .*other values"):
+            checkpointer.resume(TrainState(model=tied))
+    assert same_bits(weights(tied), before)
 
 
 def test_adapters_that_are_merged_are_not_counted_twice(tmp_path: Path) -> None:

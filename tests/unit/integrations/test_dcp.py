@@ -352,6 +352,38 @@ def test_damaged_files_are_errors(tmp_path: Path, damage: Callable[[Path], objec
     assert not (tmp_path / "root" / NAME).exists()
 
 
+MEASURED = """
+import re, sys
+from pathlib import Path
+from shardpoint.integrations import dcp_import
+
+dcp_import.BUDGET_BYTES = 8 * 2**20
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = peak()
+dcp_import.import_dcp(sys.argv[1], sys.argv[2], epoch=0, step=2, batch_size=4, optimizer_class="AdamW")
+print(peak() - before)
+"""
+
+
+def test_an_import_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    model = nn.ParameterList(torch.full((2**20,), float(number)) for number in range(16))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = TrainState(model=model, optimizer=optimizer)
+    dcp_saved(tmp_path / "dcp", state)
+    size = sum(path.stat().st_size for path in (tmp_path / "dcp").glob("*.distcp"))
+    command = [sys.executable, "-W", "error", "-c", MEASURED, str(tmp_path / "dcp"), str(tmp_path / "root")]
+    taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert size > 190 * 2**20
+    assert taken < 64 * 2**20, f"{taken} bytes for {size} of state, in tensors of 4 MiB"
+    directory = tmp_path / "root" / NAME
+    assert same_bits(on_disk(directory / "modeling"), weights(model))
+    stored = {name: value for name, value in optimizer_state(model, optimizer).items() if value.dim()}
+    assert same_bits(on_disk(directory / "optimizer"), stored)
+
+
 def test_no_metadata_is_no_checkpoint(tmp_path: Path) -> None:
     dcp_saved(tmp_path / "dcp", trained(0))
     (tmp_path / "dcp" / ".metadata").unlink()
