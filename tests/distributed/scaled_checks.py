@@ -66,6 +66,13 @@ def overflow_on_the_last_rank(model: nn.Module) -> None:
                     return
 
 
+def by_rank(value: object) -> list[Any]:
+    """Return every rank's value: an assertion over them fails on all ranks, so that none waits for another."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     found = {name: bits(whole(parameter)) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -100,7 +107,7 @@ def check_fp16_steps_as_torchs_grad_scaler() -> None:
         optimizer.zero_grad()
         own_optimizer.zero_grad()
         scales.append(booster.loss_scale(own_optimizer))
-        assert scales[-1] == scaler.get_scale()
+        assert by_rank(scales[-1]) == [scaler.get_scale()] * dist.get_world_size()
     assert everything(own, own_optimizer) == everything(model, optimizer)
     assert scales == [2.0**power for power in (12, 11, 10, 10, 10, 11, 11, 11, 12)]
 
@@ -184,8 +191,7 @@ def check_a_plain_grad_scaler_beside_ddp() -> None:
         assert other.grad_scaler.state_dict() == state.grad_scaler.state_dict()
         go_on(state, range(4, 7))
         go_on(other, range(4, 7))
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, other.grad_scaler.state_dict())
+        found = by_rank(other.grad_scaler.state_dict())
         assert found == [state.grad_scaler.state_dict()] * dist.get_world_size()
         assert found[0]["scale"] == 2.0**10
         assert bits(other.model.module.weight) == bits(state.model.module.weight)  # type: ignore[arg-type, union-attr]

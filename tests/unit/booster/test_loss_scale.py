@@ -198,9 +198,13 @@ def test_what_does_not_fit_a_scale_is_refused() -> None:
     booster.clip_grad_norm_(model, 1.0)
     with pytest.raises(UsageError, match="clip after the last backward"):
         booster.backward(loss_of(model, 1), optimizer)
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # without a step: what comes next is unscaled all the same
     booster.backward(loss_of(model, 1), optimizer)
     optimizer.step()
+    plain = mlp()
+    loss_of(plain, 1).backward()
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-2, atol=1e-3)
     low = mlp().half()
     with pytest.raises(UsageError, match=r"float16.*master weights"):
         Booster(plugin=LowLevelZeroPlugin(precision="fp16", master_weights=False)).boost(
@@ -211,6 +215,21 @@ def test_what_does_not_fit_a_scale_is_refused() -> None:
             UsageError, match="growth_interval=7 cannot be honoured: it scales the loss of precision='fp16'"
         ):
             cls(growth_interval=7)
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [LowLevelZeroPlugin, GeminiPlugin, functools.partial(HybridParallelPlugin, 1)],
+    ids=["zero", "gemini", "tp"],
+)
+def test_a_plugin_clips_what_is_unscaled(plugin: Any) -> None:
+    model, optimizer, booster = boosted(
+        booster=Booster(plugin=plugin(precision="fp16", initial_scale=16, max_norm=0.1))
+    )
+    booster.backward(loss_of(model, 0), optimizer)
+    optimizer.step()
+    norms = torch.stack([parameter.grad.full_tensor().norm() for parameter in model.parameters()])
+    torch.testing.assert_close(norms.norm(), torch.tensor(0.1), rtol=1e-4, atol=0)
 
 
 def test_gradients_are_summed_under_one_scale() -> None:
