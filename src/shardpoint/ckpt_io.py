@@ -48,6 +48,7 @@ from shardpoint.engine import (
 from shardpoint.engine.ballots import agree
 from shardpoint.errors import ManifestError, NotFoundError, UnsupportedFormatError, UsageError
 from shardpoint.events import Event, log_event
+from shardpoint.planning import Allowances
 from shardpoint.storage import BufferPool, LocalStore, Store, replace_document
 
 StrPath = str | os.PathLike[str]
@@ -289,11 +290,15 @@ def _load_native(
     if named is None and optimizer is not None and booster is not None:
         named = booster.model_of(optimizer)
     live = nn.Module() if named is None else named
+    # ColossalAI stores the rounded weights of a run in mixed precision; here float32 ones are made of them, as there.
+    allowed = Allowances()
 
     def find_ours() -> Source:
+        nonlocal allowed
         source = find()
         if not is_foreign(source):
             return source
+        allowed = Allowances(widen=True)
         # Order: verified before anything of it is looked into; a damaged file of any rank's share ends the load on all.
         verify_share(source, comm)
         return native_source(source, live, optimizer, lr_scheduler)
@@ -310,9 +315,16 @@ def _load_native(
             weights=model is not None,
             partial=True,
             random_state=optimizer is not None,
+            allowed=allowed,
         )
 
-    load(comm, find_ours, prepare, _cache)
+    result = load(comm, find_ours, prepare, _cache)
+    if result.cast and comm.is_coordinator:
+        text = (
+            f"{result.name}: {len(result.cast)} weights (first {result.cast[0]}) are stored in 16 bits, without the "
+            "float32 master weights that were trained: the run goes on from the rounded ones, as ColossalAI's own would"
+        )
+        log_event(Event("inexact", text, result.name, logging.WARNING))
     assert run is not None  # noqa: S101 - the load succeeded, so `prepare` ran
     return run
 

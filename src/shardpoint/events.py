@@ -24,8 +24,9 @@ class Event:
             checkpoint has), `"suspect"` (committed, but what was saved looks wrong), `"passed_over_suspect"` (an
             earlier one is resumed instead), `"resumed_suspect"` (there is no other), `"allowed"` (what a load left or
             converted, as it was allowed to), `"idle_pattern"` (an allowance that no name matches), `"preempted"` (a
-            signal said that the run will be stopped), `"unverified"` (what is loaded has no checksums) or
-            `"master_weights"` (a plugin holds parameters in float32).
+            signal said that the run will be stopped), `"unverified"` (what is loaded has no checksums),
+            `"master_weights"` (a plugin holds parameters in float32) or `"inexact"` (ColossalAI's files lack
+            part of the state: a resume is not bit for bit).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.

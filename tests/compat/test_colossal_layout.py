@@ -136,8 +136,8 @@ def reshape(path: Path) -> None:
     write_weights(path / "modeling", tensors)
 
 
-def half(path: Path) -> None:
-    write_weights(path / "modeling", net(1).half().state_dict())
+def double(path: Path) -> None:
+    write_weights(path / "modeling", net(1).double().state_dict())
 
 
 def cut(path: Path) -> None:
@@ -180,7 +180,7 @@ def attack_the_scheduler(path: Path) -> None:
     [
         (rename, MismatchError, r"head\.wait"),
         (reshape, MismatchError, r"head\.weight.*\[1, 6\]"),
-        (half, MismatchError, "F16"),
+        (double, MismatchError, "F64"),
         (cut, CorruptionError, r"pytorch_model-00002\.bin"),
         (lose, CorruptionError, r"pytorch_model-00002\.bin"),
         (no_optimizer, NotFoundError, "optimizer=None"),
@@ -289,3 +289,26 @@ def test_an_index_that_its_files_contradict(
         load_checkpoint(saved[0], Booster(), model, optimizer, None)
     assert same_bits(weights(model), before)
     assert not optimizer.state
+
+
+def test_the_16_bit_weights_of_a_run_in_mixed_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, scheduler = made(1)
+    train(model, optimizer, range(3))
+    rounded = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in weights(model).items()
+    }
+    path = tmp_path / "epoch-0_step-3"
+    write_checkpoint(path, model, optimizer, scheduler, 0, 3)
+    write_weights(path / "modeling", rounded)
+    other, other_optimizer, other_scheduler = made(7)
+    booster = Booster()
+    other, other_optimizer, *_ = booster.boost(other, other_optimizer)
+    with caplog.at_level("WARNING", logger="shardpoint"):
+        load_checkpoint(path, booster, other, other_optimizer, other_scheduler)
+    assert same_bits(weights(other), {name: rounded[name].to(tensor.dtype) for name, tensor in weights(model).items()})
+    assert same_bits(optimizer_state(other, other_optimizer), optimizer_state(model, optimizer))
+    assert "BF16 to F32) are stored in 16 bits" in caplog.text
+    low = net(2).bfloat16()
+    write_weights(path / "modeling", weights(model))
+    with pytest.raises(MismatchError, match=r"stored F32 .* the target wants BF16"):
+        load_checkpoint(path, booster, low, None, None)

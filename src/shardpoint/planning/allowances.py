@@ -20,11 +20,13 @@ class Allowances:
         missing: patterns (`fnmatch`, case-sensitive) of the FQNs that the checkpoint may lack.
         unexpected: patterns of the FQNs that the target may lack.
         cast: whether weights may have another floating-point dtype, or another complex one.
+        widen: whether weights may be float32 where 16 bits are stored, which loses nothing.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     cast: bool = False
+    widen: bool = False
 
     @classmethod
     def of(cls, missing: Collection[str], unexpected: Collection[str], *, cast: bool) -> Allowances:
@@ -49,6 +51,8 @@ class Allowances:
 
     def may_cast(self, stored: str, wanted: str) -> bool:
         """Tell whether one dtype may be converted into the other: between floating-point dtypes, or complex ones."""
+        if self.widen and wanted == "F32" and stored in {"BF16", "F16"}:
+            return True
         return self.cast and any({stored, wanted} <= kind for kind in (_REALS, _COMPLEX))
 
     def idle(self, target: Iterable[str], stored: Iterable[str]) -> list[str]:
