@@ -132,11 +132,11 @@ def check_fp16_resumes_as_if_it_had_never_stopped() -> None:
             for step in steps:
                 booster.backward(loss_of(model, step, part), optimizer)
                 left_out = step == 1 or (step == 4 and name != "gemini")
-                before = everything(model, optimizer)
+                before = everything(model, optimizer) if step in {1, 4} else None
                 if left_out:
                     overflow_on_the_last_rank(model)
                 optimizer.step()
-                assert (everything(model, optimizer) == before) == left_out
+                assert before is None or (everything(model, optimizer) == before) == left_out
                 scheduler.step()
                 optimizer.zero_grad()
                 scales.append(booster.loss_scale(optimizer))
