@@ -23,8 +23,8 @@ class Event:
             what the last checkpoint has), `"suspect"` (committed, but what was saved looks wrong),
             `"passed_over_suspect"` (an earlier one is resumed instead), `"resumed_suspect"` (there is no other),
             `"allowed"` (what a load left or converted, as it was allowed to), `"idle_pattern"` (an allowance that no
-            name matches), `"preempted"` (a signal said that the run will be stopped) or `"unverified"` (what is loaded
-            has no checksums).
+            name matches), `"preempted"` (a signal said that the run will be stopped), `"unverified"` (what is loaded
+            has no checksums) or `"inexact"` (what is loaded lacks a part of the run's state).
         message: one sentence for a person.
         key: what it happened to, relative to the root.
         level: a `logging` level.
