@@ -54,6 +54,9 @@ class Cpu(CpuAccelerator):  # type: ignore[misc]
 
     manual_seed_all = manual_seed
 
+    def device_count(self) -> int:
+        return 1
+
     def current_device(self) -> torch.device:
         return torch.device("cpu")
 
