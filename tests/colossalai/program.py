@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from coati.utils.ckpt_io import load_checkpoint, load_json, save_checkpoint
 from colossalai.cluster import DistCoordinator
+from colossalai.nn.lr_scheduler import CosineAnnealingWarmupLR
+from colossalai.nn.optimizer import HybridAdam
 from torch import nn
 
 import shardpoint
@@ -36,6 +38,7 @@ from tests.colossalai.runs import (
     stored_weights,
     turned,
 )
+from tests.colossalai.script import train_sft
 from tests.distributed.reporting import run_and_report
 from tests.training import flip, optimizer_state, same_bits, weights
 
@@ -72,7 +75,7 @@ def is_all_or_nothing(plugin: str, out: Path) -> None:
     dist.barrier()
     if RANK == 0:
         # A byte of a tensor; the last file, which is of the last stage where there are stages.
-        flip(sorted(path.glob("modeling/pytorch_model*.bin"))[-1], 2000)
+        flip(max(path.glob("modeling/pytorch_model*.bin")), 2000)
     dist.barrier()
     other = Run(plugin, 7)
     refused(other, path, ChecksumError, "pytorch_model")
@@ -209,6 +212,68 @@ def sixteen_bits_are_told(plugin: str, out: Path) -> None:
     assert difference > 0, "it is exact: say so"
 
 
+def native_hybrid_adam(plugin: str, out: Path) -> None:
+    """A run with ColossalAI's optimizer and scheduler goes on without its Booster, to the last bit where that computes alike."""
+    run = Run(plugin, 1, warm=True)
+    run.train(range(3))
+    path, lr = run.save(out, 3), run.scheduler.get_last_lr()[0]
+    booster, bare = shardpoint.Booster(plugin=NativeDDP()), small(9) if run.is_small else llama(9)
+    optimizer = HybridAdam(bare.parameters(), lr=0.9)
+    scheduler = CosineAnnealingWarmupLR(optimizer, total_steps=20, warmup_steps=2)
+    model, optimizer, *_ = booster.boost(bare, optimizer)
+    assert load_checkpoint(path, booster, model, optimizer, scheduler) == (1, 3, 96)
+    assert same_bits(weights(model), stored_weights(path))
+    states = [state["step"] for state in optimizer.state.values()]
+    assert states == [3] * len(states)
+    assert all(isinstance(step, int) for step in states)
+    assert scheduler.state_dict() == run.scheduler.state_dict()
+    if plugin == "ddp":
+        losses = [native_step(bare, model, booster, optimizer, scheduler, number) for number in range(3, 6)]
+        assert losses == run.train(range(3, 6))
+        assert same_bits(weights(model), run.weights())
+    # torch's own cannot take over the scheduler's state: told, before anything is changed.
+    other, adamw = small(9) if run.is_small else llama(9), None
+    adamw = torch.optim.AdamW(other.parameters(), lr=0.9)
+    plain = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 20)
+    model, adamw, *_ = booster.boost(other, adamw)
+    before = {name: tensor.clone() for name, tensor in weights(model).items()}
+    with pytest.raises(MismatchError, match="ColossalAI's, with CosineAnnealingLR after a first stage") as caught:
+        load_checkpoint(path, booster, model, adamw, plain)
+    assert "lr_scheduler=None" in str(caught.value)
+    assert same_bits(weights(model), before)
+    assert not adamw.state
+    load_checkpoint(path, booster, model, adamw, None)
+    assert adamw.param_groups[0]["lr"] == lr
+
+
+def native_step(bare: Any, model: Any, booster: Any, optimizer: Any, scheduler: Any, number: int) -> float:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * number + RANK))
+    loss = model(x).square().mean() + 0 * (bare.frozen.sum() + bare.unused.sum())
+    booster.backward(loss, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+    return float(loss.item())
+
+
+def script(plugin: str, out: Path) -> None:
+    """The calls of ColossalChat's `train_sft.py` and trainers; the run that goes on does what is left of the epoch."""
+    pretrained = out / "pretrained"
+    if RANK == 0:
+        llama(1).save_pretrained(pretrained)
+    dist.barrier()
+    whole = train_sft(plugin, pretrained, out / "checkpoints")
+    step = len(whole) // 2
+    path = out / "checkpoints" / f"epoch-0_step-{step}"
+    assert load_json(path / "running_states.json") == {"epoch": 0, "step": step, "sample_start_index": step * 2}
+    rest = train_sft(plugin, pretrained, out / "again", checkpoint_path=path)
+    assert len(rest) == len(whole) - step
+    if plugin == "gemini":
+        assert rest == whole[step:]
+    else:  # the fp32 masters are not in the files
+        assert torch.allclose(torch.tensor(rest), torch.tensor(whole[step:]), rtol=0.01)
+
+
 def checks() -> dict[str, Callable[[Path], None]]:
     plugins = ["ddp", "zero1", "zero2", "gemini", "hybrid", *(["tp2", "pp2"] if WORLD_SIZE == 2 else [])]
     of_each = (
@@ -226,6 +291,10 @@ def checks() -> dict[str, Callable[[Path], None]]:
     found |= {
         f"{one}_{sixteen_bits_are_told.__name__}": functools.partial(sixteen_bits_are_told, one) for one in halves
     }
+    for one in ("ddp", "gemini"):
+        found[f"{one}_native_hybrid_adam"] = functools.partial(native_hybrid_adam, one)
+    for one in ("gemini", "zero2", *(["3d"] if WORLD_SIZE == 2 else [])):
+        found[f"{one}_script"] = functools.partial(script, one)
     more: list[Callable[[Path], None]] = [
         what_shardpoint_wrote_is_not_given_to_it,
         tied_weights_that_gemini_cannot_load,

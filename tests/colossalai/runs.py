@@ -1,4 +1,4 @@
-"""What does a run under the real Booster train, save and load: a small net, or a Llama for the plugins that shard one?"""
+"""What does a run under the real Booster train, save and load: a small net, or a Llama where a plugin shards one?"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from coati.utils.ckpt_io import load_checkpoint, save_checkpoint, save_json
 from colossalai.booster import Booster
 from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin, TorchDDPPlugin
 from colossalai.cluster import DistCoordinator
+from colossalai.nn.lr_scheduler import CosineAnnealingWarmupLR
 from colossalai.nn.optimizer import HybridAdam
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,7 +49,7 @@ PLUGINS: dict[str, Callable[[], Any]] = {
 
 @functools.cache
 def one_for_all(plugin: str) -> Any:
-    """Return the plugin that all runs use: a hybrid one destroys its groups when it is collected, each rank at its time."""
+    """Return the plugin that all runs use: a hybrid one destroys its groups when it is collected, on each rank sometime."""
     return PLUGINS[plugin]()
 
 
@@ -96,19 +97,20 @@ class Run:
         tied: bool = False,
         order: Callable[[Iterable[nn.Parameter]], Any] = in_order,
         step_lr: bool = False,
+        warm: bool = False,
         **shape: Any,
     ) -> None:
         self.booster = Booster(plugin=one_for_all(plugin))
         self.is_small = plugin in SMALL
         self.is_pipeline = plugin.startswith("pp2")
         self.bare: Any = (small if self.is_small else llama)(seed, tied=tied, **shape)
-        kind = HybridAdam if plugin == "gemini" else torch.optim.AdamW
+        kind = HybridAdam if plugin == "gemini" or warm else torch.optim.AdamW
         optimizer = kind(order(self.bare.parameters()), lr=0.05 if self.is_small else 0.01)
-        scheduler = (
-            torch.optim.lr_scheduler.StepLR(optimizer, 2)
-            if step_lr
-            else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-        )
+        scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        if step_lr:
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        if warm:
+            scheduler = CosineAnnealingWarmupLR(optimizer, total_steps=20, warmup_steps=2)
         self.model, self.optimizer, _, _, self.scheduler = self.booster.boost(
             self.bare, optimizer, lr_scheduler=scheduler
         )
@@ -147,8 +149,9 @@ class Run:
         return {name: tensor.detach().clone() for name, tensor in self.model.unwrap().state_dict().items()}
 
     def save(self, root: Path, step: int, *, optimizer: bool = True) -> Path:
+        given: Any = self.optimizer if optimizer else None
         save_checkpoint(
-            save_dir=root, booster=self.booster, model=self.model, optimizer=self.optimizer if optimizer else None,
+            save_dir=root, booster=self.booster, model=self.model, optimizer=given,
             lr_scheduler=self.scheduler, epoch=1, step=step, batch_size=32, coordinator=DistCoordinator(),
         )  # fmt: skip
         return root / f"epoch-1_step-{step}"

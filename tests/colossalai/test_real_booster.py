@@ -22,12 +22,17 @@ OF_EACH = (
 ON_ANY = [
     *(f"{plugin}_{check}" for plugin in PLUGINS for check in OF_EACH),
     *(f"{plugin}_sixteen_bits_are_told" for plugin in ("zero1_bf16", "zero1_fp16", "hybrid_bf16", "hybrid_zero1_bf16")),
+    "ddp_native_hybrid_adam",
+    "gemini_native_hybrid_adam",
+    "gemini_script",
+    "zero2_script",
     "what_shardpoint_wrote_is_not_given_to_it",
     "tied_weights_that_gemini_cannot_load",
 ]
 ON_TWO = [
     *(f"{plugin}_{check}" for plugin in ("tp2", "pp2") for check in OF_EACH),
     "tp2_zero1_bf16_sixteen_bits_are_told",
+    "3d_script",
     "a_padded_vocabulary",
 ]
 

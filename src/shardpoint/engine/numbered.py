@@ -27,6 +27,7 @@ _Member = TypeVar("_Member")
 _LIKE_THE_PARAMETER = frozenset(
     ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "grad_avg", "sum")
 )
+_TORCHS_SWITCHES = frozenset(("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +101,22 @@ def name_states(files: OptimizerFiles, optimizer: Optimizer, named: NamedModule)
             if isinstance(value, tuple) and isinstance(value[1], Located):
                 _add_tensor(found, fqn, state, value, parameter, is_torchs=is_torchs)
             else:
-                # ColossalAI's HybridAdam counts in integers, torch's Adam in tensors.
-                as_tensor = is_torchs and state == "step" and isinstance(value, int | float)
-                kept = torch.tensor(float(value), dtype=torch.float32) if as_tensor else value
+                kept = _as_counted(value, optimizer) if state == "step" else value
                 found.document["states"].setdefault(fqn, {})[state] = plain_values(kept, label)
     return found
+
+
+def _as_counted(step: Any, optimizer: Optimizer) -> Any:
+    """Return a number of steps as the optimizer counts: torch's in tensors, ColossalAI's HybridAdam in integers.
+
+    Which of the two is stored depends on the plugin: Gemini stores tensors for HybridAdam, too.
+    """
+    library = type(optimizer).__module__.partition(".")[0]
+    if library == "torch" and isinstance(step, int | float):
+        return torch.tensor(float(step), dtype=torch.float32)
+    if library == "colossalai" and isinstance(step, torch.Tensor):
+        return int(step.item())
+    return step
 
 
 def _checked_groups(files: OptimizerFiles) -> list[dict[str, Any]]:
@@ -177,6 +189,8 @@ def _options(stored: Mapping[str, Any], live: Mapping[str, Any], place: str, pro
             continue
         if key == "bias_correction" and key not in live and value is True:
             continue  # HybridAdam's, and what torch's Adam always does
+        if key in _TORCHS_SWITCHES and key not in live and not value:
+            continue  # Gemini stores them for HybridAdam, which does not have them
         if key not in live and key != "initial_lr":
             problems.append(f"{place}: stored with {key}={value!r}, which the target does not know: another optimizer")
             continue
@@ -222,12 +236,26 @@ def scheduler_file_document(values: Any, lr_scheduler: Any, place: str) -> tuple
         raise ManifestError(f"{place} does not hold a scheduler's state", key="lr_scheduler")
     problems: list[str] = []
     if hasattr(lr_scheduler, "state_dict"):
-        live = set(lr_scheduler.state_dict())
+        state = lr_scheduler.state_dict()
+        live = set(state)
+        stages = [kept.get("after_scheduler_type") for kept in (values, state)]
+        if None not in stages and stages[0] != stages[1]:
+            problems.append(f"lr_scheduler: stored with {stages[0]} after a first stage, the target has {stages[1]}")
         if live != set(values):
             only_stored, only_live = sorted(set(values) - live), sorted(live - set(values))
             problems.append(
-                f"lr_scheduler: stored is the state of another scheduler than {type(lr_scheduler).__name__}: only "
-                f"stored {only_stored}, only in the target {only_live}"
+                f"lr_scheduler: stored is the state of another scheduler than {type(lr_scheduler).__name__}"
+                f"{_staged(values)}: only stored {only_stored}, only in the target {only_live}"
             )
     document = {"class": scheduler_class(lr_scheduler), "state": plain_values(values, place)}
     return encode_document(document), problems
+
+
+def _staged(values: Mapping[str, Any]) -> str:
+    after = values.get("after_scheduler_type")
+    if after is None:
+        return ""
+    return (
+        f" (it is one of ColossalAI's, with {after} after a first stage: give an object of that class, or load with "
+        "lr_scheduler=None: the optimizer's groups have the learning rate)"
+    )
