@@ -213,7 +213,7 @@ def sixteen_bits_are_told(plugin: str, out: Path) -> None:
 
 
 def native_hybrid_adam(plugin: str, out: Path) -> None:
-    """A run with ColossalAI's optimizer and scheduler goes on without its Booster, to the last bit where that computes alike."""
+    """A run with ColossalAI's optimizer and scheduler goes on without its Booster."""
     run = Run(plugin, 1, warm=True)
     run.train(range(3))
     path, lr = run.save(out, 3), run.scheduler.get_last_lr()[0]

@@ -49,7 +49,7 @@ PLUGINS: dict[str, Callable[[], Any]] = {
 
 @functools.cache
 def one_for_all(plugin: str) -> Any:
-    """Return the plugin that all runs use: a hybrid one destroys its groups when it is collected, on each rank sometime."""
+    """Return the plugin that all runs use: a hybrid one that is collected destroys its groups, each rank sometime."""
     return PLUGINS[plugin]()
 
 

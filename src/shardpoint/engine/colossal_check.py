@@ -81,7 +81,7 @@ def check_fit(source: Source, comm: Comm, booster: Any, model: Any, optimizer: A
             fit.mismatched.extend(scheduler_file_document(values, lr_scheduler, place)[1])
         return fit
 
-    return agree(comm, "load: compare", look, Fit, partial(_judge, source.manifest.name), list[str])
+    return agree(comm, "load: compare", look, Fit, partial(_judge, source.manifest.name), list[str], _merged)
 
 
 def _fit_weights(source: Source, live: dict[str, Whole], plugin: str) -> Fit:
@@ -108,18 +108,26 @@ def _fit_weights(source: Source, live: dict[str, Whole], plugin: str) -> Fit:
     )
 
 
+def _merged(fits: Sequence[Fit]) -> Fit:
+    """Return several ranks' findings as one: a stored weight is unknown if none of them has it."""
+    unknown = set(fits[0].unknown).intersection(*(fit.unknown for fit in fits))
+    return Fit(
+        missing=sorted({name for fit in fits for name in fit.missing}),
+        unknown=sorted(unknown),
+        mismatched=sorted({line for fit in fits for line in fit.mismatched}),
+        dtypes=fits[0].dtypes,
+    )
+
+
 def _judge(name: str, fits: Sequence[Fit]) -> list[str]:
-    missing = list(dict.fromkeys(weight for fit in fits for weight in fit.missing))
-    nowhere = set(fits[0].unknown).intersection(*(fit.unknown for fit in fits))
-    unexpected = [weight for weight in fits[0].unknown if weight in nowhere]
-    mismatched = list(dict.fromkeys(line for fit in fits for line in fit.mismatched))
-    if missing or unexpected or mismatched:
-        lines = [f"missing {weight}" for weight in missing]
-        lines += [f"unexpected {weight}" for weight in unexpected]
+    fit = _merged(fits)
+    if fit.missing or fit.unknown or fit.mismatched:
+        lines = [f"missing {weight}" for weight in fit.missing]
+        lines += [f"unexpected {weight}" for weight in fit.unknown]
         text = (
             f"checkpoint {name} does not fit the target; nothing was changed:\n  "
-            + "\n  ".join(lines + mismatched)
+            + "\n  ".join(lines + fit.mismatched)
             + "\n  build model, optimizer and scheduler as they were saved"
         )
-        raise MismatchError(text, missing=missing, unexpected=unexpected, mismatched=mismatched)
-    return list(fits[0].dtypes)
+        raise MismatchError(text, missing=fit.missing, unexpected=fit.unknown, mismatched=fit.mismatched)
+    return fit.dtypes
