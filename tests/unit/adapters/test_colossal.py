@@ -34,12 +34,12 @@ def test_a_plugin_is_named_whatever_zero_makes_of_its_class() -> None:
 def test_weights_are_told_whole_and_without_padding() -> None:
     model = Tied()
     weight: Any = model.embed.weight
-    weight.dist_layout = SimpleNamespace(global_shape=torch.Size([16, 3]))
+    weight.dist_layout = SimpleNamespace(global_shape=torch.Size([16, 6]))
     weight._padding_dim, weight._origin_length = 0, 11
     found = whole_weights(SimpleNamespace(unwrap=lambda: model))
     assert {name: (one.dtype, one.shape, one.first) for name, one in found.items()} == {
-        "embed.weight": ("F32", (11, 3), "embed.weight"),
-        "head.weight": ("F32", (11, 3), "embed.weight"),
+        "embed.weight": ("F32", (11, 6), "embed.weight"),
+        "head.weight": ("F32", (11, 6), "embed.weight"),
         "seen": ("I64", (2,), "seen"),
     }
 

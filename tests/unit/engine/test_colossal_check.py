@@ -15,10 +15,15 @@ from shardpoint.engine.colossal import open_colossal
 from shardpoint.engine.colossal_check import check_fit
 from shardpoint.errors import MismatchError
 from shardpoint.storage import LocalStore
-from tests.compat.colossal_layout import write_checkpoint
+from tests.compat.colossal_layout import write_checkpoint, write_weights
 from tests.unit.comm.threads import run_threads
 
-HYBRID: Any = SimpleNamespace(plugin=type("HybridParallelPlugin", (), {"__module__": "colossalai.booster"})())
+
+def booster(plugin: str) -> Any:
+    return SimpleNamespace(plugin=type(plugin, (), {"__module__": "colossalai.booster"})())
+
+
+HYBRID = booster("HybridParallelPlugin")
 
 
 def layers(*names: str, width: int = 3) -> nn.Module:
@@ -52,10 +57,41 @@ def test_stages_fit_together(root: Path) -> None:
 
 
 def test_every_rank_hears_of_what_any_rank_found(root: Path) -> None:
-    found = compared(root, [layers("first", "fourth"), layers("second", width=4)])
+    found = compared(root, [layers("second", width=4), layers("first", "fourth")])
     assert [error.missing for error in found] == [["fourth.weight"]] * 2
     assert [error.unexpected for error in found] == [["third.weight"]] * 2
     assert [error.mismatched for error in found] == [["second.weight: stored F32 [3, 3], the model has F32 [4, 3]"]] * 2
+
+
+@pytest.mark.parametrize(
+    "plugin, stored, missing, unexpected",
+    [
+        ("HybridParallelPlugin", ["a.weight"], [], []),
+        ("HybridParallelPlugin", ["a.weight", "b.weight"], [], []),
+        ("HybridParallelPlugin", ["b.weight"], [], []),
+        ("TorchDDPPlugin", ["a.weight", "b.weight"], [], []),
+        ("TorchDDPPlugin", ["a.weight"], ["b.weight"], []),
+        ("GeminiPlugin", ["a.weight"], [], []),
+        ("GeminiPlugin", ["a.weight", "b.weight"], [], ["b.weight"]),
+        ("GeminiPlugin", ["b.weight"], ["a.weight"], ["b.weight"]),
+    ],
+)
+def test_tied_weights_as_each_plugin_takes_them(
+    plugin: str, stored: list[str], missing: list[str], unexpected: list[str], tmp_path: Path
+) -> None:
+    model = layers("a", "b")
+    model.get_submodule("b").weight = model.get_submodule("a").weight
+    path = tmp_path / "epoch-0_step-1"
+    write_checkpoint(path, model, None, None, 0, 1)
+    write_weights(path / "modeling", {name: model.state_dict()[name] for name in stored}, num_files=1)
+    (path / "modeling" / "pytorch_model-00002.bin").unlink()
+    source, comm = open_colossal(LocalStore(tmp_path), path.name), in_process_comms(1)[0]
+    if not missing and not unexpected:
+        assert check_fit(source, comm, booster(plugin), model, None, None) == ["F32"]
+        return
+    with pytest.raises(MismatchError) as caught:
+        check_fit(source, comm, booster(plugin), model, None, None)
+    assert (caught.value.missing, caught.value.unexpected) == (missing, unexpected)
 
 
 def test_moments_are_compared_by_number(root: Path) -> None:
