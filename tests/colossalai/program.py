@@ -57,6 +57,15 @@ def goes_on(plugin: str, out: Path) -> None:
     assert same_bits(other.weights(), run.weights())
 
 
+def goes_on_with_lora(plugin: str, out: Path) -> None:
+    run, path = saved(out, plugin, lora=True)
+    assert any("lora_A" in name for name in stored_weights(path))
+    other = Run(plugin, 7, lora=True)
+    other.load(path)
+    assert other.train(range(3, 6)) == run.train(range(3, 6))
+    refused(Run(plugin, 7, lora=True, order=turned), path, MismatchError, "the parameters are in another order")
+
+
 def is_all_or_nothing(plugin: str, out: Path) -> None:
     run, path = saved(out, plugin)
     whole = run.booster.save_optimizer
@@ -291,6 +300,8 @@ def checks() -> dict[str, Callable[[Path], None]]:
     found |= {
         f"{one}_{sixteen_bits_are_told.__name__}": functools.partial(sixteen_bits_are_told, one) for one in halves
     }
+    for one in ("ddp", "zero1", "hybrid"):  # ColossalAI has no LoRA with tensor parallelism
+        found[f"{one}_goes_on_with_lora"] = functools.partial(goes_on_with_lora, one)
     for one in ("ddp", "gemini"):
         found[f"{one}_native_hybrid_adam"] = functools.partial(native_hybrid_adam, one)
     for one in ("gemini", "zero2", *(["3d"] if WORLD_SIZE == 2 else [])):

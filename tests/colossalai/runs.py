@@ -16,6 +16,7 @@ from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLev
 from colossalai.cluster import DistCoordinator
 from colossalai.nn.lr_scheduler import CosineAnnealingWarmupLR
 from colossalai.nn.optimizer import HybridAdam
+from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -98,12 +99,16 @@ class Run:
         order: Callable[[Iterable[nn.Parameter]], Any] = in_order,
         step_lr: bool = False,
         warm: bool = False,
+        lora: bool = False,
         **shape: Any,
     ) -> None:
         self.booster = Booster(plugin=one_for_all(plugin))
-        self.is_small = plugin in SMALL
+        self.is_small = plugin in SMALL and not lora
         self.is_pipeline = plugin.startswith("pp2")
         self.bare: Any = (small if self.is_small else llama)(seed, tied=tied, **shape)
+        if lora:
+            adapters = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], lora_dropout=0.0)
+            self.bare = self.booster.enable_lora(self.bare, lora_config=adapters)
         kind = HybridAdam if plugin == "gemini" or warm else torch.optim.AdamW
         optimizer = kind(order(self.bare.parameters()), lr=0.05 if self.is_small else 0.01)
         scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)

@@ -22,6 +22,7 @@ OF_EACH = (
 ON_ANY = [
     *(f"{plugin}_{check}" for plugin in PLUGINS for check in OF_EACH),
     *(f"{plugin}_sixteen_bits_are_told" for plugin in ("zero1_bf16", "zero1_fp16", "hybrid_bf16", "hybrid_zero1_bf16")),
+    *(f"{plugin}_goes_on_with_lora" for plugin in ("ddp", "zero1", "hybrid")),
     "ddp_native_hybrid_adam",
     "gemini_native_hybrid_adam",
     "gemini_script",
