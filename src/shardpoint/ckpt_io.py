@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardpoint.adapters.c10d import open_comm
+from shardpoint.adapters.colossal import lost_in_its_files
 from shardpoint.adapters.state import RunState, TrainState
 from shardpoint.booster import Booster
 from shardpoint.comm import Comm
@@ -27,7 +28,7 @@ from shardpoint.engine import (
     Source,
     StructureCache,
     Target,
-    check_weights,
+    check_fit,
     checkpoint_name,
     is_colossal_layout,
     is_foreign,
@@ -344,8 +345,6 @@ def _load_foreign(
             stored = any(entry.path.split("/")[0] == part for entry in source.manifest.files)
             if live is not None and not stored:
                 raise NotFoundError(f"{name} in {source.store.location} has no {part}: it was saved without")
-        if wanted["modeling"] is not None:
-            check_weights(source, booster, wanted["modeling"])
         return stored_run(source)
 
     run = agree(comm, "load: resolve", resolve, RunState, lambda ballots: ballots[0], RunState)
@@ -357,12 +356,20 @@ def _load_foreign(
         "lr_scheduler": booster.load_lr_scheduler,
     }
 
+    def check() -> None:
+        dtypes = check_fit(found, comm, booster, wanted["modeling"], wanted["optimizer"], wanted["lr_scheduler"])
+        lost = lost_in_its_files(booster, wanted["optimizer"], dtypes)
+        if lost and comm.is_coordinator:
+            text = f"{found.manifest.name}: ColossalAI's files do not have {' and '.join(lost)}"
+            text = f"{text}: the run goes on, but not as if it had never stopped"
+            log_event(Event("inexact", text, found.manifest.name, logging.WARNING))
+
     def read(directory: str) -> None:
         for part, live in wanted.items():
             if live is not None:
                 readers[part](live, f"{directory}/{part}")
 
-    load_foreign(comm, found, read)
+    load_foreign(comm, found, check, read)
     return run
 
 

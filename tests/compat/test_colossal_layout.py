@@ -123,6 +123,31 @@ def test_weights_that_are_views_of_one_storage(tmp_path: Path) -> None:
         load_checkpoint(path, Booster(), other, None, None)
 
 
+def test_states_of_a_tied_weight_that_two_stages_stored(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model, other = Tied(), Tied()
+    for one in (model, other):
+        one.add_module("tail", nn.Linear(6, 1, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model.get_submodule("tail")(model.head(model.embed(torch.arange(6)))).square().mean().backward()
+    optimizer.step()
+    path = tmp_path / "epoch-0_step-1"
+    write_checkpoint(path, model, optimizer, None, 0, 1)
+    # The first stage has the embedding, the last one the head and what follows it: both store states of number 0.
+    last = path / "optimizer" / "pytorch_optim-00002.bin"
+    states = optimizer.state_dict()["state"]
+    torch.save(states, last)
+    booster = Booster()
+    other, other_optimizer, *_ = booster.boost(other, torch.optim.AdamW(other.parameters(), lr=0.05))
+    load_checkpoint(path, booster, other, other_optimizer, None)
+    loaded = optimizer_state(other, other_optimizer)
+    assert same_bits(loaded, optimizer_state(model, optimizer))
+    torch.save(states | {0: states[0] | {"exp_avg": states[0]["exp_avg"] + 1}}, last)
+    with pytest.raises(MismatchError, match=r"the states of parameter 0 in .* differ"):
+        load_checkpoint(path, booster, other, other_optimizer, None)
+    assert same_bits(optimizer_state(other, other_optimizer), loaded)
+
+
 def rename(path: Path) -> None:
     model = net(1)
     tensors = model.state_dict()

@@ -7,6 +7,7 @@ samples that the whole job has consumed, so `(seed, epoch, start_index)` means t
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -89,6 +90,8 @@ class StatefulDistributedSampler(Sampler[int]):
             num_replicas = dist.get_world_size() if in_group else 1
         if rank is None:
             rank = dist.get_rank() if in_group else 0
+        # ColossalAI's plugins pass integers of numpy, which a state would not keep as numbers.
+        num_replicas, rank = _plain(num_replicas), _plain(rank)
         check_count("num_replicas", num_replicas, low=1)
         check_count("rank", rank, low=0, high=num_replicas - 1)
         check_count("seed", seed, low=0)
@@ -445,6 +448,11 @@ def _base_seeds_were_drawn(before: torch.Tensor) -> bool:
         if torch.equal(probe.get_state(), now):
             return True
     return False
+
+
+def _plain(value: Any) -> Any:
+    """Return an integer of another library as Python's own; anything else as it is."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def check_count(name: str, value: object, *, low: int, high: int | None = None) -> None:

@@ -2,7 +2,8 @@
 
 from shardpoint.engine.background import BackgroundSaver
 from shardpoint.engine.carried import stored_run
-from shardpoint.engine.colossal import check_weights, is_colossal_layout, native_source, open_colossal
+from shardpoint.engine.colossal import is_colossal_layout, native_source, open_colossal
+from shardpoint.engine.colossal_check import check_fit
 from shardpoint.engine.foreign import load_foreign, save_foreign, verify_share
 from shardpoint.engine.inspection import Checkpoint, ReadResult, TensorInfo, open_checkpoint
 from shardpoint.engine.lazy import Arrival, load_weights_first
@@ -58,7 +59,7 @@ __all__ = [
     "StructureCache",
     "Target",
     "TensorInfo",
-    "check_weights",
+    "check_fit",
     "checkpoint_name",
     "is_colossal_layout",
     "is_foreign",

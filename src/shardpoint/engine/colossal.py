@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardpoint.adapters.names import NamedModule, name_tensors
-from shardpoint.adapters.tensors import dtype_name
 from shardpoint.adapters.torch_files import Located, locate_tensors, read_values
 from shardpoint.checksum import crc64, to_hex
 from shardpoint.engine.carried import RUNNING_STATES_NAME
@@ -34,7 +33,6 @@ from shardpoint.storage import Store
 
 MODELING, OPTIMIZER, SCHEDULER = "modeling", "optimizer", "lr_scheduler"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_WHOLE_PARAMETERS = frozenset(("TorchDDPPlugin", "LowLevelZeroPlugin"))
 _SHARD = re.compile(r"(pytorch_model|pytorch_optim)[.\w-]*\.bin|model-\d{5}\.safetensors|model\.safetensors")
 
 
@@ -127,50 +125,6 @@ def locate_weights(source: Source) -> Weights:
     return Weights(found)
 
 
-def check_weights(source: Source, booster: Any, model: Any) -> None:
-    """Refuse weights that ColossalAI's Booster would skip in silence, before it touches the model.
-
-    It compares neither shapes nor dtypes, and names only after it has loaded what fits. Checked where a rank holds
-    whole parameters (`TorchDDPPlugin`, `LowLevelZeroPlugin`); a shard does not tell its global shape.
-
-    Args:
-        source: a checkpoint with ColossalAI's files.
-        booster: any Booster; only ColossalAI's is known to write these files.
-        model: as `boost` returned it.
-
-    Raises:
-        MismatchError: names, shapes or dtypes differ; it lists everything.
-        CorruptionError: a file is cut off, or an index is wrong.
-    """
-    kind = type(getattr(booster, "plugin", None))
-    # ColossalAI renames its ZeRO class at run time, to "LowLevelZeroPlugin_ZeRO-1" and the like.
-    if kind.__module__.partition(".")[0] != "colossalai" or kind.__name__.partition("_")[0] not in _WHOLE_PARAMETERS:
-        return
-    bare = model.unwrap() if callable(getattr(model, "unwrap", None)) else model
-    aliases = name_tensors(bare).aliases
-    live = {name: tensor for name, tensor in bare.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    stored = {name: place for name, (_, place) in locate_weights(source).tensors.items()}
-    missing = [name for name in live if name not in stored and aliases.get(name) not in stored]
-    unexpected = [name for name in stored if name not in live]
-    mismatched = [
-        f"{name}: stored {place.dtype} {list(place.shape)}, the model has {_told(live[name], name)}"
-        for name, place in stored.items()
-        if name in live and (place.shape, place.dtype) != (tuple(live[name].shape), dtype_name(live[name].dtype, name))
-    ]
-    if missing or unexpected or mismatched:
-        lines = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unexpected] + mismatched
-        text = (
-            f"the weights of {source.manifest.name} do not fit the model; nothing was changed:\n  "
-            + "\n  ".join(lines)
-            + "\n  build the model as it was saved"
-        )
-        raise MismatchError(text, missing=missing, unexpected=unexpected, mismatched=mismatched)
-
-
-def _told(tensor: torch.Tensor, name: str) -> str:
-    return f"{dtype_name(tensor.dtype, name)} {list(tensor.shape)}"
-
-
 def read_optimizer_files(source: Source) -> OptimizerFiles:
     """Read an optimizer's groups, and find where its states lie.
 
@@ -202,6 +156,8 @@ def read_optimizer_files(source: Source) -> OptimizerFiles:
     path = f"{OPTIMIZER}/{groups_file}"
     groups = read_values(local_path(source, path), _place(source, path))
     states: dict[int, dict[str, Any]] = {}
+    holders: dict[int, str] = {}
+    copies: list[tuple[int, str, str]] = []
     for file in sorted(set(names.values())):
         path = f"{OPTIMIZER}/{file}"
         place = _place(source, path)
@@ -210,13 +166,16 @@ def read_optimizer_files(source: Source) -> OptimizerFiles:
         for number, state in located.items():
             if not isinstance(state, Mapping) or not isinstance(number, int):
                 raise ManifestError(f"{place} does not hold optimizer states by number", key=path)
+            if number in holders:
+                copies.append((number, path, holders[number]))
+            holders[number] = path
             states[number] = {
                 # What is 0-dim is read here; the rest is left where it is.
                 key: (path, value) if isinstance(value, Located) and value.shape else values[number][key]
                 for key, value in state.items()
             }
     _check_complete(source, OPTIMIZER, names, {str(number): None for number in states})
-    return OptimizerFiles(groups, states, _place(source, OPTIMIZER))
+    return OptimizerFiles(groups, states, _place(source, OPTIMIZER), copies)
 
 
 def native_source(source: Source, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: Any) -> Source:
@@ -243,8 +202,9 @@ def native_source(source: Source, model: nn.Module, optimizer: Optimizer | None,
     tensors = _weight_entries(source, locate_weights(source), named, files)
     problems: list[str] = []
     if optimizer is not None:
-        stored = name_states(read_optimizer_files(source), optimizer, named)
-        problems += stored.problems
+        optimizer_files = read_optimizer_files(source)
+        stored = name_states(optimizer_files, optimizer, named)
+        problems += [*stored.problems, *_unequal_copies(source, optimizer_files.copies)]
         documents[f"{OPTIMIZER}/param_groups.json"] = encode_document(stored.document)
         for fqn, state, path, place in stored.tensors:
             tensors.append(_entry(OPTIMIZER, fqn, state, f"{fqn}.{state}", place, files[path]))
@@ -293,9 +253,26 @@ def _same_values(source: Source, name: str, path: str, other: str, other_path: s
         return False  # its writer refuses tied tensors, so two names are two tensors
     first = read_values(local_path(source, path), path)[name]
     second = read_values(local_path(source, other_path), other_path)[other]
+    return _same_bytes(first, second)
+
+
+def _same_bytes(first: Any, second: Any) -> bool:
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return bool(first == second)
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
-    return bool(torch.equal(first.view(torch.uint8), second.view(torch.uint8)))
+    return bool(torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)))
+
+
+def _unequal_copies(source: Source, copies: Sequence[tuple[int, str, str]]) -> list[str]:
+    """Compare the states that two pipeline stages stored of one tied parameter; there they are kept alike."""
+    problems: list[str] = []
+    for number, *paths in copies:
+        first, second = (read_values(local_path(source, path), path)[number] for path in paths)
+        if first.keys() != second.keys() or not all(_same_bytes(first[key], second[key]) for key in first):
+            text = f"optimizer: the states of parameter {number} in {paths[0]} and {paths[1]} differ, and are of one"
+            problems.append(f"{text} tied parameter: untie it, or start the optimizer afresh")
+    return problems
 
 
 def _entry(part: str, fqn: str, state: str | None, key: str, place: Located, file: int) -> TensorEntry:

@@ -197,12 +197,13 @@ def _hash_file(store: Store, key: str, path: str, progress: Callable[[int], None
         reader.close()
 
 
-def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> None:
+def load_foreign(comm: Comm, source: Source, check: Callable[[], None], read: Callable[[str], None]) -> None:
     """Verify a checkpoint that another library wrote, then let that library load it.
 
     Args:
         comm: the ranks; they share the verification.
         source: the checkpoint; files without a manifest are handed over unverified.
+        check: called on every rank once the files are verified; raises alike on all where they must not be loaded.
         read: called on every rank with the checkpoint's path.
 
     Raises:
@@ -210,7 +211,7 @@ def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> Non
         PeerError: a rank failed.
 
     Collective:
-        All ranks: two rounds, and whatever `read` does.
+        All ranks: two rounds, and whatever `check` and `read` do.
     """
 
     def verify() -> bool:
@@ -218,6 +219,7 @@ def load_foreign(comm: Comm, source: Source, read: Callable[[str], None]) -> Non
         return True
 
     agree(comm, "load: verify", verify, bool, lambda _: True, bool)
+    check()
 
     def load_it() -> bool:
         read(source.store.local_path(source.key))

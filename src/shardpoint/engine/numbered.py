@@ -6,13 +6,14 @@ A number says nothing of the parameter that it meant, so every count and every s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
+from shardpoint.adapters.colossal import Whole
 from shardpoint.adapters.documents import scheduler_class
 from shardpoint.adapters.names import NamedModule
 from shardpoint.adapters.optimizer import named_groups
@@ -21,7 +22,12 @@ from shardpoint.adapters.torch_files import Located
 from shardpoint.errors import ManifestError
 from shardpoint.manifest import encode_document
 
-Members = list[list[tuple[str, torch.Tensor]]]
+_Member = TypeVar("_Member")
+# States that have their parameter's shape. Others do not: Adafactor's rows and columns, 8-bit states' scales.
+_LIKE_THE_PARAMETER = frozenset(
+    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg", "grad_avg", "sum")
+)
+_TORCHS_SWITCHES = frozenset(("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +38,13 @@ class OptimizerFiles:
         groups: the param groups, with numbers in place of parameters.
         states: number -> state -> (path, where) for a tensor of one and more dims, else the value.
         place: for messages.
+        copies: (number, path, path of another copy), for a tied parameter of which two pipeline stages stored states.
     """
 
     groups: Any
     states: Mapping[int, Mapping[str, Any]]
     place: str
+    copies: Sequence[tuple[int, str, str]] = ()
 
 
 @dataclass
@@ -70,7 +78,8 @@ def name_states(files: OptimizerFiles, optimizer: Optimizer, named: NamedModule)
     stored = _checked_groups(files)
     # The files do not tell the class; what it keeps in its groups does, as far as that goes.
     found = NamedStates({"class": type(optimizer).__name__, "groups": [], "states": {}})
-    numbered = _numbered(stored, members, found.problems)
+    trained = [[member for member in group if member[1].requires_grad] for group in members]
+    numbered = _of_same_sizes(stored, (members, trained), found.problems)
     if numbered is None:
         return found
     fqns = {
@@ -92,11 +101,22 @@ def name_states(files: OptimizerFiles, optimizer: Optimizer, named: NamedModule)
             if isinstance(value, tuple) and isinstance(value[1], Located):
                 _add_tensor(found, fqn, state, value, parameter, is_torchs=is_torchs)
             else:
-                # ColossalAI's HybridAdam counts in integers, torch's Adam in tensors.
-                as_tensor = is_torchs and state == "step" and isinstance(value, int | float)
-                kept = torch.tensor(float(value), dtype=torch.float32) if as_tensor else value
+                kept = _as_counted(value, optimizer) if state == "step" else value
                 found.document["states"].setdefault(fqn, {})[state] = plain_values(kept, label)
     return found
+
+
+def _as_counted(step: Any, optimizer: Optimizer) -> Any:
+    """Return a number of steps as the optimizer counts: torch's in tensors, ColossalAI's HybridAdam in integers.
+
+    Which of the two is stored depends on the plugin: Gemini stores tensors for HybridAdam, too.
+    """
+    library = type(optimizer).__module__.partition(".")[0]
+    if library == "torch" and isinstance(step, int | float):
+        return torch.tensor(float(step), dtype=torch.float32)
+    if library == "colossalai" and isinstance(step, torch.Tensor):
+        return int(step.item())
+    return step
 
 
 def _checked_groups(files: OptimizerFiles) -> list[dict[str, Any]]:
@@ -112,19 +132,54 @@ def _checked_groups(files: OptimizerFiles) -> list[dict[str, Any]]:
     return list(groups)
 
 
-def _numbered(stored: list[dict[str, Any]], members: Members, problems: list[str]) -> Members | None:
-    """Return each group's numbered parameters: all of them, or (as ZeRO counts) only those that are trained."""
+def check_states(files: OptimizerFiles, members: Sequence[Sequence[Whole]]) -> list[str]:
+    """Return what does not fit an optimizer that ColossalAI loads itself: it compares no shapes, and counts not always.
+
+    Args:
+        files: what was stored.
+        members: each group's parameters, in the order in which ColossalAI numbers them.
+
+    Raises:
+        ManifestError: the groups do not have the form of param groups.
+    """
+    problems: list[str] = []
+    stored = _checked_groups(files)
+    numbered = _of_same_sizes(stored, (members,), problems)
+    if numbered is None:
+        return problems
+    for group, wholes in zip(stored, numbered, strict=True):
+        if "rank" in group:
+            continue  # GaLore's states are projections
+        for number, whole in zip(group["params"], wholes, strict=True):
+            for state, value in files.states.get(number, {}).items():
+                if state in _LIKE_THE_PARAMETER and isinstance(value, tuple) and isinstance(value[1], Located):
+                    problems += _other_shape(f"{whole.name} [{state}]", value[1].shape, whole.shape)
+    return problems
+
+
+def _of_same_sizes(
+    stored: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Sequence[Sequence[_Member]]],
+    problems: list[str],
+) -> Sequence[Sequence[_Member]] | None:
+    """Return the candidate whose groups are as large as those stored."""
     sizes = [len(group["params"]) for group in stored]
-    trained = [[member for member in group if member[1].requires_grad] for group in members]
-    for candidate in (members, trained):
-        if [len(group) for group in candidate] == sizes:
-            return candidate
+    live = [[len(group) for group in candidate] for candidate in candidates]
+    if sizes in live:
+        return candidates[live.index(sizes)]
+    trained = "".join(f" (trained: {counts})" for counts in live[1:])
     problems.append(
-        f"optimizer: stored are {len(sizes)} param groups of {sizes} parameters, the target has {len(members)} of "
-        f"{[len(group) for group in members]} (trained: {[len(group) for group in trained]}): "
-        "build the groups as they were"
+        f"optimizer: stored are {len(sizes)} param groups of {sizes} parameters, the target has {len(live[0])} of "
+        f"{live[0]}{trained}: build the groups as they were"
     )
     return None
+
+
+def _other_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> list[str]:
+    if stored == wanted:
+        return []
+    text = f"optimizer: {name}: stored {list(stored)}, the parameter at this place is {list(wanted)}: "
+    return [text + "the parameters are in another order, or the model is another"]
 
 
 def _options(stored: Mapping[str, Any], live: Mapping[str, Any], place: str, problems: list[str]) -> dict[str, Any]:
@@ -134,6 +189,8 @@ def _options(stored: Mapping[str, Any], live: Mapping[str, Any], place: str, pro
             continue
         if key == "bias_correction" and key not in live and value is True:
             continue  # HybridAdam's, and what torch's Adam always does
+        if key in _TORCHS_SWITCHES and key not in live and not value:
+            continue  # Gemini stores them for HybridAdam, which does not have them
         if key not in live and key != "initial_lr":
             problems.append(f"{place}: stored with {key}={value!r}, which the target does not know: another optimizer")
             continue
@@ -153,13 +210,10 @@ def _add_tensor(
     is_torchs: bool,
 ) -> None:
     path, where = value
-    wanted, dtype = tuple(parameter.shape), dtype_name(parameter.dtype, fqn)
-    if where.shape != wanted:
-        found.problems.append(
-            f"optimizer: {fqn} [{state}]: stored {list(where.shape)}, the parameter at this place is {list(wanted)}: "
-            "the parameters are in another order, or the model is another"
-        )
-    elif is_torchs and where.dtype != dtype:
+    dtype = dtype_name(parameter.dtype, fqn)
+    shapes = _other_shape(f"{fqn} [{state}]", where.shape, tuple(parameter.shape))
+    found.problems += shapes
+    if not shapes and is_torchs and where.dtype != dtype:
         found.problems.append(
             f"optimizer: {fqn} [{state}]: stored {where.dtype}, the parameter is {dtype}, and torch's optimizers keep "
             "both alike: build the model in that dtype, or load with optimizer=None and start the optimizer afresh"
@@ -182,12 +236,26 @@ def scheduler_file_document(values: Any, lr_scheduler: Any, place: str) -> tuple
         raise ManifestError(f"{place} does not hold a scheduler's state", key="lr_scheduler")
     problems: list[str] = []
     if hasattr(lr_scheduler, "state_dict"):
-        live = set(lr_scheduler.state_dict())
+        state = lr_scheduler.state_dict()
+        live = set(state)
+        stages = [kept.get("after_scheduler_type") for kept in (values, state)]
+        if None not in stages and stages[0] != stages[1]:
+            problems.append(f"lr_scheduler: stored with {stages[0]} after a first stage, the target has {stages[1]}")
         if live != set(values):
             only_stored, only_live = sorted(set(values) - live), sorted(live - set(values))
             problems.append(
-                f"lr_scheduler: stored is the state of another scheduler than {type(lr_scheduler).__name__}: only "
-                f"stored {only_stored}, only in the target {only_live}"
+                f"lr_scheduler: stored is the state of another scheduler than {type(lr_scheduler).__name__}"
+                f"{_staged(values)}: only stored {only_stored}, only in the target {only_live}"
             )
     document = {"class": scheduler_class(lr_scheduler), "state": plain_values(values, place)}
     return encode_document(document), problems
+
+
+def _staged(values: Mapping[str, Any]) -> str:
+    after = values.get("after_scheduler_type")
+    if after is None:
+        return ""
+    return (
+        f" (it is one of ColossalAI's, with {after} after a first stage: give an object of that class, or load with "
+        "lr_scheduler=None: the optimizer's groups have the learning rate)"
+    )

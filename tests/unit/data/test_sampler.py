@@ -283,6 +283,20 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
         StatefulDistributedSampler(range(10), **options)
 
 
+class NumpyLike:
+    """An integer that is none of Python's, as ColossalAI's plugins give for a rank."""
+
+    def __index__(self) -> int:
+        return 1
+
+
+def test_another_librarys_integers_become_pythons() -> None:
+    rank: Any = NumpyLike()
+    sampler = StatefulDistributedSampler(range(6), num_replicas=2, rank=rank, shuffle=False)
+    assert list(sampler) == [1, 3, 5]
+    assert type(sampler.rank) is int
+
+
 @pytest.mark.parametrize("index", [-1, 11, 2.0, None])
 def test_a_start_index_outside_the_data_is_refused(index: Any) -> None:
     (sampler,) = ranks_of(10, 1)
