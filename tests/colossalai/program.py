@@ -27,6 +27,7 @@ from shardpoint.booster import TorchDDPPlugin as NativeDDP
 from shardpoint.booster import TorchFSDPPlugin as NativeFSDP
 from shardpoint.errors import ChecksumError, MismatchError, PeerError, StorageError, UnsupportedFormatError
 from tests.colossalai import cpu
+from tests.colossalai import script as script_module
 from tests.colossalai.runs import (
     RANK,
     WORLD_SIZE,
@@ -39,7 +40,6 @@ from tests.colossalai.runs import (
     stored_weights,
     turned,
 )
-from tests.colossalai.script import train_sft
 from tests.distributed.reporting import run_and_report
 from tests.training import flip, optimizer_state, same_bits, weights
 
@@ -294,6 +294,10 @@ def native_step(bare: Any, model: Any, booster: Any, optimizer: Any, scheduler: 
 
 def script(plugin: str, out: Path) -> None:
     """The calls of ColossalChat's `train_sft.py` and trainers; the run that goes on does what is left of the epoch."""
+    run_script(plugin, script_module.train_sft, out, is_exact=plugin == "gemini")
+
+
+def run_script(plugin: str, train_sft: Callable[..., list[float]], out: Path, *, is_exact: bool) -> None:
     pretrained = out / "pretrained"
     if RANK == 0:
         llama(1).save_pretrained(pretrained)
@@ -304,10 +308,27 @@ def script(plugin: str, out: Path) -> None:
     assert load_json(path / "running_states.json") == {"epoch": 0, "step": step, "sample_start_index": step * 2}
     rest = train_sft(plugin, pretrained, out / "again", checkpoint_path=path)
     assert len(rest) == len(whole) - step
-    if plugin == "gemini":
+    if is_exact:
         assert rest == whole[step:]
     else:  # the fp32 masters are not in the files
         assert torch.allclose(torch.tensor(rest), torch.tensor(whole[step:]), rtol=0.01)
+
+
+def script_with_other_imports(plugin: str, out: Path) -> None:
+    """The same script with Shardpoint's plugins, Booster and coordinator: now a resume is exact."""
+    source = Path(script_module.__file__).read_text()
+    for theirs, ours in (
+        ("from colossalai.booster import", "from shardpoint.booster import"),
+        ("from colossalai.booster.plugin import", "from shardpoint.booster import"),
+        ("from colossalai.cluster import", "from shardpoint.booster import"),
+        ("from colossalai.nn.optimizer import", "from tests.colossalai.adamw import"),
+    ):
+        assert source.count(theirs) == 1
+        source = source.replace(theirs, ours)
+    namespace: dict[str, Any] = {"__name__": "script"}
+    exec(compile(source, "script", "exec"), namespace)  # noqa: S102 - our own file
+    assert namespace["Booster"] is shardpoint.Booster
+    run_script(plugin, namespace["train_sft"], out, is_exact=True)
 
 
 def checks() -> dict[str, Callable[[Path], None]]:
@@ -335,6 +356,7 @@ def checks() -> dict[str, Callable[[Path], None]]:
         found[f"{one}_native_hybrid_adam"] = functools.partial(native_hybrid_adam, one)
     for one in ("gemini", "zero2", *(["3d"] if WORLD_SIZE == 2 else [])):
         found[f"{one}_script"] = functools.partial(script, one)
+        found[f"{one}_script_with_other_imports"] = functools.partial(script_with_other_imports, one)
     more: list[Callable[[Path], None]] = [
         what_shardpoint_wrote_is_not_given_to_it,
         tied_weights_that_gemini_cannot_load,

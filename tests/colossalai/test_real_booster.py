@@ -28,6 +28,8 @@ ON_ANY = [
     "gemini_native_hybrid_adam",
     "gemini_script",
     "zero2_script",
+    "gemini_script_with_other_imports",
+    "zero2_script_with_other_imports",
     "what_shardpoint_wrote_is_not_given_to_it",
     "tied_weights_that_gemini_cannot_load",
 ]
@@ -36,6 +38,7 @@ ON_TWO = [
     "tp2_zero1_bf16_sixteen_bits_are_told",
     "tp2_zero1_bf16_sixteen_bits_go_on_natively",
     "3d_script",
+    "3d_script_with_other_imports",
     "a_padded_vocabulary",
 ]
 

@@ -49,8 +49,8 @@ class HybridParallelPlugin(Plugin):
 
     Args:
         tp_size: over how many ranks each model is cut; it divides the number of ranks.
-        pp_size: only 1 (and so are the options of pipelines: refused).
-        sp_size: only None or 1 (and so are the options of sequence parallelism: refused).
+        pp_size: only 1; the options of pipelines are without effect then, as they are in ColossalAI.
+        sp_size: only None or 1; the options of sequence parallelism are without effect then.
         precision: `"bf16"` (default; ColossalAI's is fp16): under FSDP2 forward and backward compute in bfloat16 and
             gradients are reduced in float32; without it the forward runs under `torch.autocast`, as
             `Booster(mixed_precision="bf16")` does. In both cases the parameters themselves are the master weights:
@@ -64,7 +64,7 @@ class HybridParallelPlugin(Plugin):
         enable_fused_normalization: see `enable_all_optimization`.
         enable_flash_attention: see `enable_all_optimization`.
         enable_jit_fused: see `enable_all_optimization`.
-        enable_sequence_parallelism: see `sp_size`.
+        enable_sequence_parallelism: only False.
         sequence_parallelism_mode: see `sp_size`.
         parallel_output: a hint: outputs are whole in any case, and so is the loss.
         num_microbatches: see `pp_size`.
@@ -327,12 +327,7 @@ _PIPELINE = "there is no pipeline parallelism here"
 _SEQUENCE = "there is no sequence parallelism here"
 _DDP = "FSDP2 spreads the model over data-parallel ranks, not DDP"
 _REFUSED = (
-    dict.fromkeys(
-        ("pp_size", "num_microbatches", "microbatch_size", "pp_style", "num_model_chunks", "scheduler_nodes",
-         "num_layers_per_stage", "enable_metadata_cache", "overlap_p2p"),
-        _PIPELINE,
-    )
-    | dict.fromkeys(("enable_sequence_parallelism", "sequence_parallelism_mode", "inner_ring_size"), _SEQUENCE)
+    {"pp_size": _PIPELINE, "enable_sequence_parallelism": _SEQUENCE}
     | dict.fromkeys(
         ("enable_all_optimization", "enable_fused_normalization", "enable_flash_attention", "enable_jit_fused"),
         options.SHARDFORMER,

@@ -47,7 +47,7 @@ def refuse_changed(plugin: object, given: Mapping[str, Any], reasons: Mapping[st
 
 
 def loss_scaling(plugin: object, precision: str, given: Mapping[str, Any]) -> loss_scale.ScaleOptions | None:
-    """Check a plugin's `precision` and the options of its loss scale.
+    """Check a plugin's `precision` and the options of its loss scale, which are without effect without fp16.
 
     Args:
         plugin: whose `__init__` has the defaults.
@@ -58,15 +58,13 @@ def loss_scaling(plugin: object, precision: str, given: Mapping[str, Any]) -> lo
         How the loss is scaled; None where it is not.
 
     Raises:
-        UsageError: `precision` is none of these, an option is out of range, or one is given without fp16.
+        UsageError: `precision` is none of these, or an option is out of range.
     """
     name = type(plugin).__name__
     if precision not in _PRECISIONS:
         raise UsageError(f"{name}: precision={precision!r} is neither 'fp16' nor 'bf16' nor 'fp32'")
-    if precision != "fp16":
-        refuse_changed(plugin, given, dict.fromkeys(_SCALING, "it scales the loss of precision='fp16'"))
-        return None
-    return loss_scale.ScaleOptions(**{option: given[option] for option in _SCALING})
+    scaling = loss_scale.ScaleOptions(**{option: given[option] for option in _SCALING})
+    return scaling if precision == "fp16" else None
 
 
 def low_dtype(precision: str) -> torch.dtype | None:

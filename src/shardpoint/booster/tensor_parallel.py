@@ -80,7 +80,8 @@ def find_cuts(model: nn.Module, tp_size: int) -> list[Cut]:
         UsageError: there is no plan, a style or a module that cannot be cut, a size that does not divide, or weights
             tied to others that are cut otherwise.
     """
-    plan = getattr(model, "tp_plan", None)
+    # transformers before 5 has it as `_tp_plan` only.
+    plan = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not plan:
         raise UsageError(
             f"{type(model).__name__} has no tp_plan, so nothing says how it is cut over {tp_size} ranks: give it one "

@@ -88,7 +88,7 @@ class LowLevelZeroPlugin(_ZeroPlugin):
             dropped, on all ranks where one of any rank's is not finite. The scale is saved and restored with the
             optimizer. `"fp32"`: everything is computed in the parameters' own dtype.
         initial_scale: where fp16's loss scale begins; with this default as many steps are left out as it takes to
-            come down. Without fp16 it is refused, as the six after it, unless it has its default.
+            come down. Without fp16 it is without effect, as the six after it.
         min_scale: the least scale; 0 is no bound.
         growth_factor: what the scale grows by after `growth_interval` steps without an overflow.
         backoff_factor: what it shrinks by after an overflow.

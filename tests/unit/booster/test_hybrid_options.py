@@ -43,6 +43,14 @@ HONOURED = {
     GeminiPlugin: """enable_gradient_accumulation shard_param_frac precision master_weights force_outputs_fp32 max_norm
         norm_type extra_dp_size""",
 }
+# Read by ColossalAI only behind another option that is off here: scripts pass them in any case.
+WITHOUT_EFFECT = {
+    HybridParallelPlugin: """num_microbatches microbatch_size pp_style num_model_chunks scheduler_nodes
+        num_layers_per_stage enable_metadata_cache overlap_p2p sequence_parallelism_mode inner_ring_size""",
+    LowLevelZeroPlugin: "",
+    GeminiPlugin: "",
+}
+SCALING = "initial_scale min_scale growth_factor backoff_factor growth_interval hysteresis max_scale"
 GIVEN: dict[Any, dict[str, Any]] = {HybridParallelPlugin: {"tp_size": 1}, LowLevelZeroPlugin: {}, GeminiPlugin: {}}
 
 
@@ -66,12 +74,24 @@ def test_the_parameters_are_colossalais(plugin: Any) -> None:
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_what_cannot_be_honoured_is_refused_by_name(plugin: Any, name: str) -> None:
-    if name in HONOURED[plugin].split():
+    if name in f"{HONOURED[plugin]} {WITHOUT_EFFECT[plugin]} {SCALING}".split():
         return
     default = inspect.signature(plugin).parameters[name].default
     plugin(**GIVEN[plugin], **{name: default})
     with pytest.raises(UsageError, match=f"{name}=.*cannot be honoured"):
         plugin(**GIVEN[plugin], **{name: changed(default)})
+
+
+@pytest.mark.parametrize("plugin", PARAMETERS)
+def test_what_has_no_effect_in_colossalai_has_none_here(plugin: Any) -> None:
+    given = GIVEN[plugin] | {"initial_scale": 8, "growth_interval": 7}
+    defaults = inspect.signature(plugin).parameters
+    given |= {name: changed(defaults[name].default) for name in WITHOUT_EFFECT[plugin].split()}
+    made, plain = vars(plugin(**given)), vars(plugin(**GIVEN[plugin]))
+    kept = [name for name, value in plain.items() if isinstance(value, bool | int | float | str | None)]
+    assert {name: made[name] for name in kept} == {name: plain[name] for name in kept}
+    with pytest.raises(UsageError, match="growth_factor"):
+        plugin(**GIVEN[plugin], growth_factor=0.5)
 
 
 def test_all_refused_options_are_named_at_once() -> None:
