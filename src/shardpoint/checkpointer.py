@@ -240,8 +240,8 @@ class Checkpointer:
             the same name is replaced at once, or stands.
 
         Memory:
-            `budget_bytes`, up to 64 MiB of small tensors on the coordinator, and in the background 8 KiB for each
-            tensor.
+            `budget_bytes`, 64 MiB more where what does not train has to be written, up to 64 MiB of small tensors on
+            the coordinator, and in the background 8 KiB for each tensor.
         """
         began = time.monotonic()
         self._check_open()

@@ -6,8 +6,9 @@ import importlib
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -200,6 +201,67 @@ def test_a_base_that_changes_too_early_is_never_committed(
     found = [on_disk(path / "modeling") for path in tmp_path.glob("epoch*")]
     assert len(found) == (hidden == 8)
     assert all(same_bits(weights, base) for weights in found)
+
+
+def test_a_row_of_the_base_that_changes_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, held = state_of(adapted(1, 256)), Held(monkeypatch, after=False)
+    base = state.model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.weight")
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        pending = checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        assert pending is not None
+        assert held.reached.wait(60)
+        with torch.no_grad():
+            base[3] += 1  # between the places that are sampled
+        held.go.set()
+        with pytest.raises(TornSnapshotError, match=r"up_proj.*pending\.staged"):
+            pending.result()
+
+
+@pytest.mark.parametrize("has_gradient", [False, True], ids=["trains", "has_a_gradient_left"])
+def test_a_step_of_the_base_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_gradient: bool) -> None:
+    model = adapted(1, 256)
+    base = model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.weight")
+    state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters(), 0.1))
+    held, expected = Held(monkeypatch, after=False), bits(base)
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        pending = checkpointer.save(state, epoch=0, step=1, batch_size=1)
+        assert pending is not None
+        assert held.reached.wait(60)
+        step(state, 1)  # does not wait
+        assert not pending.done()
+        if has_gradient:
+            base.grad = torch.ones_like(base)
+            work = cast("Any", state.optimizer).step
+        else:
+            base.requires_grad_()
+            work = partial(step, state, 2)
+        trainer = threading.Thread(target=work)
+        trainer.start()
+        trainer.join(0.2)
+        had_waited = trainer.is_alive()
+        held.go.set()
+        trainer.join()
+        pending.result()
+    assert had_waited
+    assert bits(base) != expected
+    assert bits(on_disk(tmp_path / "epoch-0_step-1/modeling")["model.layers.0.mlp.up_proj.weight"]) == expected
+
+
+def test_staged_waits_for_older_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, held = state_of(adapted(1, 256)), Held(monkeypatch, after=False)
+    plain = TrainState(model=nn.Linear(4, 4))
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        assert checkpointer.save(state, epoch=0, step=1, batch_size=1) is not None
+        assert held.reached.wait(60)
+        pending = checkpointer.save({"plain": plain}, epoch=0, step=2, batch_size=1)
+        assert pending is not None
+        try:
+            with pytest.raises(TimeoutError):
+                pending.staged(timeout_s=0.3)
+        finally:
+            held.go.set()
+        pending.staged()
+        merge(state.model)
 
 
 def test_a_frozen_role_that_changes_after_its_checksum_is_never_committed(

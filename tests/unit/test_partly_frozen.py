@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from shardpoint import Checkpointer, Latest, TrainState, load
+from shardpoint import Checkpointer, Latest, RunState, TrainState, load
 from shardpoint.catalog import verify
+from shardpoint.comm import Comm, in_process_comms
 from shardpoint.commit import find_committed
-from shardpoint.errors import TornSnapshotError
+from shardpoint.engine.structure import StructureCache
+from shardpoint.engine.training import training_request
+from shardpoint.errors import CheckpointError, TornSnapshotError
 from shardpoint.events import Event
-from shardpoint.storage import LocalStore
+from shardpoint.storage import BufferPool, LocalStore
 from tests.training import on_disk, same_bits, weights
 
 save_module: Any = importlib.import_module("shardpoint.engine.save")
@@ -81,7 +87,7 @@ def test_it_is_written_once_and_every_checkpoint_is_whole(tmp_path: Path, *, asy
             step(state, number)
             linked.append(save(checkpointer, state, number).result().linked_bytes)
     size = (place(tmp_path, 5) / STILL).stat().st_size
-    # Behind the training it is trusted once a save has found it unchanged.
+    # Behind the training it is asked for once a save has found it unchanged.
     assert linked == ([0, 0, size, size, size] if async_save else [0, size, size, size, size])
     assert inode(tmp_path, 4, STILL) == inode(tmp_path, 5, STILL)
     assert inode(tmp_path, 4, TRAINED) != inode(tmp_path, 5, TRAINED)
@@ -129,74 +135,148 @@ def test_what_something_else_changes_after_each_step_is_saved_as_it_was(tmp_path
     assert len({inode(tmp_path, number, STILL) for number in expected}) == 4
 
 
-class Held:
-    """Holds the checksums of what is frozen back until it is let go."""
+@contextmanager
+def slow_writer(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Hold what is behind the staging back; give what lets it go."""
+    go, opened = threading.Event(), save_module.open_save
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-        checksum: Callable[..., Any] = save_module.checksum_frozen
+    def held(*args: Any) -> Any:
+        assert go.wait(60)
+        return opened(*args)
 
-        def held(*args: Any) -> None:
-            self.reached.set()
-            assert self.go.wait(60)
-            checksum(*args)
+    with monkeypatch.context() as patches:
+        patches.setattr(save_module, "open_save", held)
+        try:
+            yield go
+        finally:
+            go.set()
 
-        monkeypatch.setattr(save_module, "checksum_frozen", held)
 
-
-def proven(checkpointer: Checkpointer, state: TrainState) -> None:
-    """Make two saves, after which what does not train is trusted."""
+def unchanged_twice(checkpointer: Checkpointer, state: TrainState) -> None:
+    """Make two saves, after which what does not train is no longer staged."""
     for number in (1, 2):
         step(state, number)
         save(checkpointer, state, number).result()
 
 
-def test_what_was_trusted_and_changes_too_early_is_not_committed_and_trusted_no_more(
+def test_a_few_rows_that_change_after_a_step_are_not_in_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_of(1)
+    table = state.model.get_parameter("embed.weight")
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        unchanged_twice(checkpointer, state)
+        with slow_writer(monkeypatch) as go:
+            pending, expected = save(checkpointer, state, 3), weights(state.model)
+            step(state, 3)
+            with torch.no_grad():
+                table[7] += 1
+            go.set()
+            assert pending.result().linked_bytes > 0
+        pending, after = save(checkpointer, state, 4), weights(state.model)
+        step(state, 4)
+        with torch.no_grad():
+            table[8] += 1
+        assert pending.result().linked_bytes == 0
+    assert same_bits(expected, on_disk(place(tmp_path, 3) / "modeling"))
+    assert same_bits(after, on_disk(place(tmp_path, 4) / "modeling"))
+
+
+def test_what_is_synced_now_and_then_never_fails_a_save(tmp_path: Path) -> None:
+    """As a target network inside the model."""
+    state = state_of(1)
+    body = state.model.get_parameter("body.weight")
+    expected, linked = {}, []
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        for number in range(1, 13):
+            expected[number] = weights(state.model)
+            pending = save(checkpointer, state, number)
+            step(state, number)
+            if number % 4 == 0:
+                with torch.no_grad():
+                    body.copy_(state.model.get_parameter("head.weight"))
+            linked.append(pending.result().linked_bytes > 0)
+    assert all(same_bits(model, on_disk(place(tmp_path, n) / "modeling")) for n, model in expected.items())
+    assert linked == [False, False, True, True, False, False, True, True, False, False, True, True]
+
+
+def test_a_file_that_is_another_under_the_same_name(tmp_path: Path) -> None:
+    state = state_of(1)
+    body = state.model.get_parameter("body.weight")
+    body.requires_grad = True
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        unchanged_twice(checkpointer, state)
+        body.requires_grad = False  # the first file is of the embedding and this one from now on
+        for number in (3, 4, 5):
+            pending, expected = save(checkpointer, state, number), weights(state.model)
+            step(state, number)
+            with torch.no_grad():
+                body.mul_(0.9)
+            pending.result()
+            assert same_bits(expected, on_disk(place(tmp_path, number) / "modeling"))
+
+
+@pytest.mark.parametrize("refreezes", [False, True])
+def test_a_step_that_trains_it_while_a_save_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, refreezes: bool
 ) -> None:
     state = state_of(1)
     body = state.model.get_parameter("body.weight")
     with Checkpointer(tmp_path, async_save=True) as checkpointer:
-        proven(checkpointer, state)
-        with monkeypatch.context() as patches:
-            held = Held(patches)
-            pending = save(checkpointer, state, 3)
-            assert held.reached.wait(60)
-            with torch.no_grad():
-                body.mul_(0.9)
-            held.go.set()
-            with pytest.raises(TornSnapshotError, match=r"body\.weight.*pending\.staged"):
-                pending.result()
-        pending = save(checkpointer, state, 4)
-        expected = weights(state.model)
-        step(state, 4)
-        with torch.no_grad():
-            body.mul_(0.9)
+        unchanged_twice(checkpointer, state)
+        with slow_writer(monkeypatch):
+            pending, expected = save(checkpointer, state, 3), weights(state.model)
+            body.requires_grad = True
+            assert state.optimizer is not None
+            state.model(torch.arange(8)).square().mean().backward()
+            body.requires_grad = not refreezes
+            state.optimizer.step()
         pending.result()
-    assert sorted(path.name for path in tmp_path.glob("epoch*")) == [f"epoch-0_step-{number}" for number in (1, 2, 4)]
-    assert same_bits(expected, on_disk(place(tmp_path, 4) / "modeling"))
-
-
-def test_a_step_that_begins_to_train_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = state_of(1)
-    with Checkpointer(tmp_path, async_save=True) as checkpointer:
-        proven(checkpointer, state)
-        held = Held(monkeypatch)
-        pending, expected = save(checkpointer, state, 3), weights(state.model)
-        assert held.reached.wait(60)
-        step(state, 3)  # does not wait
-        assert not pending.done()
-        state.model.get_parameter("body.weight").requires_grad_()
-        trainer = threading.Thread(target=step, args=(state, 4))
-        trainer.start()
-        trainer.join(0.2)
-        had_waited = trainer.is_alive()
-        held.go.set()
-        trainer.join()
-        pending.result()
-    assert had_waited
     assert same_bits(expected, on_disk(place(tmp_path, 3) / "modeling"))
     assert not torch.equal(expected["body.weight"], weights(state.model)["body.weight"])
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_link_that_is_refused_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, changes: bool) -> None:
+    state = state_of(1)
+    table = state.model.get_parameter("embed.weight")
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        unchanged_twice(checkpointer, state)
+        monkeypatch.setattr(os, "link", refuse)
+        with slow_writer(monkeypatch):
+            pending, expected = save(checkpointer, state, 3), weights(state.model)
+            step(state, 3)
+            if changes:
+                with torch.no_grad():
+                    table[7, 7] += 1
+        if changes:
+            with pytest.raises(TornSnapshotError, match=r"embed\.weight"):
+                pending.result()
+        else:
+            assert pending.result().linked_bytes == 0
+    assert (place(tmp_path, 3).exists()) == (not changes)
+    if not changes:
+        assert same_bits(expected, on_disk(place(tmp_path, 3) / "modeling"))
+
+
+def test_nan_is_counted_once(tmp_path: Path) -> None:
+    state = state_of(1)
+    with torch.no_grad():
+        state.model.get_parameter("embed.weight")[199, 5] = float("nan")
+        state.model.get_parameter("body.weight")[0, 0] = float("inf")
+    with Checkpointer(tmp_path, async_save=True) as checkpointer:
+        told = []
+        for number in (1, 2, 3, 4):
+            if number == 4:
+                with torch.no_grad():
+                    state.model.get_parameter("body.weight")[1, 1] = 0  # found changed: staged after all
+            told.append(save(checkpointer, state, number).result().suspect)
+    assert told[0] is not None
+    assert all(suspect == told[0] for suspect in told)
 
 
 def test_layers_may_begin_and_cease_to_train(tmp_path: Path) -> None:
@@ -241,3 +321,49 @@ def test_it_loads_where_everything_trains(tmp_path: Path) -> None:
     model = Tower().requires_grad_()
     load(place(tmp_path, 2), TrainState(model=model))
     assert same_bits(weights(state.model), weights(model))
+
+
+def on_two_ranks(models: list[nn.Module], optimized: list[bool], root: Path) -> list[BaseException | str]:
+    """Save two ranks' states as one checkpoint; return how it ended on each."""
+    outcomes: list[BaseException | str] = ["not reached"] * 2
+
+    def run(comm: Comm, model: nn.Module, has_optimizer: bool) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if has_optimizer else None
+        roles = {"": TrainState(model=model, optimizer=optimizer)}
+        request = training_request(roles, comm, RunState(0, 1, 1))
+        try:
+            save_module.save(LocalStore(root), comm, request, StructureCache(), pool=BufferPool(2**26))
+            outcomes[comm.rank] = "saved"
+        except CheckpointError as error:
+            outcomes[comm.rank] = error
+
+    ranks = zip(in_process_comms(2, stall_s=20.0), models, optimized, strict=True)
+    threads = [threading.Thread(target=run, args=rank) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.mark.parametrize("frozen_on", [0, 1])
+def test_ranks_of_which_one_has_nothing_frozen_fail_by_the_same_error(tmp_path: Path, frozen_on: int) -> None:
+    still, trained = nn.Linear(WIDTH, WIDTH), nn.Linear(8, WIDTH)
+    still.weight.requires_grad = False
+    models: list[nn.Module] = [still, trained] if frozen_on == 0 else [trained, still]
+    outcomes = on_two_ranks(models, [True, True], tmp_path)
+    assert all("weight" in str(outcome) for outcome in outcomes), outcomes
+    assert not list(tmp_path.glob("epoch*"))
+
+
+def test_stages_of_which_only_one_has_a_trained_base_under_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def stage(name: str) -> nn.Module:
+        inner = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH)})
+        model: nn.Module = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=[name]))
+        return model
+
+    models = [stage("first"), stage("second")]
+    models[0].get_parameter("base_model.model.first.base_layer.bias").requires_grad_()
+    assert on_two_ranks(models, [True, False], tmp_path) == ["saved", "saved"]

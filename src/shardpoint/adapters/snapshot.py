@@ -77,16 +77,20 @@ class Snapshot:
         stepped: role -> ids of the tensors that a step of its optimizer changes.
         samples: role -> a few bytes of what is staged later.
         probes: role -> step counters on the host, with their values.
+        versions: of what is staged later, as torch counts changes in place; not all of them move it.
     """
 
     held: dict[Name, Held]
     stepped: Mapping[str, Mapping[int, str]]
     samples: dict[str, list[_Samples]] = field(default_factory=dict)
     probes: dict[str, list[tuple[torch.Tensor, float]]] = field(default_factory=dict)
+    versions: dict[Name, int] = field(default_factory=dict)
 
     def thaws(self, names: Collection[Name]) -> bool:
         """Tell whether one of some tensors, which are read late since no step changed them, is trained by now."""
-        return any(self.held[name].tensor.requires_grad for name in names if name in self.held)
+        late = (self.held[name].tensor for name in names if name in self.held)
+        # An optimizer steps whatever has a gradient, be it left from when it was trained.
+        return any(tensor.requires_grad or tensor.grad is not None for tensor in late)
 
     def roles_of(self, optimizer: Optimizer) -> list[str]:
         """Return the roles that a step of this optimizer changes."""
@@ -130,6 +134,11 @@ class Snapshot:
         every = [samples for of_role in self.samples.values() for samples in of_role]
         with torch.no_grad():
             changed = [name for samples in every for name in samples.changed() if name in names]
+            changed += [
+                name
+                for name, version in self.versions.items()
+                if name in names and _version(self.held[name].local) != version
+            ]
         if changed:
             text = (
                 f"{len(changed)} weights that are not trained changed before they were saved (first {changed[0][0]}: "
@@ -161,9 +170,15 @@ def take_snapshot(collected: Collected, roles: Mapping[str, TrainState], arena: 
         later = _copy_now(snapshot, collected, arena)
         for role, samples in _samples(later, roles):
             snapshot.samples.setdefault(role, []).append(samples)
+        snapshot.versions = {name: _version(local) for name, local in later}
     for role, state in roles.items():
         snapshot.probes[role] = list(_probes(state.optimizer))
     return snapshot
+
+
+def _version(local: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 where torch does not count."""
+    return 0 if local.is_inference() else int(local._version)  # noqa: SLF001 - torch documents it, in autograd's notes
 
 
 def _can_be_sampled(local: torch.Tensor) -> bool:

@@ -51,6 +51,7 @@ class _Job:
         staged: chunks on their way to the writer; None ends them, an error ends them badly.
         landings: per role, when copies that are queued on a GPU will have ended.
         released: roles that a step may change again.
+        older: the saves that were under way when it began.
     """
 
     pending: PendingSave
@@ -60,6 +61,7 @@ class _Job:
     staged: queue.SimpleQueue[StagedChunk | BaseException | None] = field(default_factory=queue.SimpleQueue)
     landings: dict[str, Landing] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
+    older: list[_Job] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
     agreed: AgreedSave | None = None
     is_staged: bool = False
@@ -83,7 +85,7 @@ class _Job:
         with self.changed:
             self.is_staged = True
             self.changed.notify_all()
-        if self.read_late:
+        if self.read_late or any(job.read_late for job in self.older):
             return  # steps may go on; what else changes weights waits until it has been read, at the end
         landings = list(self.landings.values())
 
@@ -214,6 +216,7 @@ class BackgroundSaver:
         )
         job = _Job(pending, attempt, snapshot, arena)
         with self._changed:
+            job.older = list(self._jobs)
             self._jobs.append(job)
         self._to_stage.put(job)
         pending.add_blocked(time.monotonic() - began)
@@ -360,6 +363,7 @@ class BackgroundSaver:
 
     def _end(self, job: _Job, outcome: SaveResult | BaseException) -> None:
         job.end_staging()
+        job.older.clear()
         job.pending.finish(outcome)
         with self._changed:
             self._jobs.remove(job)

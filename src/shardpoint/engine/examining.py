@@ -70,6 +70,12 @@ class Examination:
             with self._mutex:
                 self._not_finite[entry] += num_bytes
 
+    def forget(self, entries: Iterable[int]) -> None:
+        """Forget what was found in tensors that will be looked at again."""
+        with self._mutex:
+            for entry in entries:
+                self._not_finite.pop(entry, None)
+
     def compare(
         self,
         copier: Copier,

@@ -36,6 +36,7 @@ from shardpoint.planning import (
     Layout,
     MergedTable,
     PartNaming,
+    Table,
     encode_table,
     index_document,
     merge_optimizer_documents,
@@ -108,7 +109,9 @@ class AgreedSave:
         document_senders: the ranks whose documents differ from those of every lower one.
         one_host: whether all ranks run on one kernel.
         planned: the merged table and what this rank does; or why this rank cannot take part, which its next round says.
-        checks_frozen: whether a round tells the checksums of what is frozen.
+        late: the parts of which what is still is read at the end.
+        tries: paths of files of still tensors of which it is asked, before a step may end, whether they are unchanged.
+        unchanged: the files that are, by index: they are frozen too.
     """
 
     own: Collected
@@ -116,7 +119,14 @@ class AgreedSave:
     document_senders: list[int]
     one_host: bool
     planned: tuple[MergedTable, SavePlan] | Exception
-    checks_frozen: bool
+    late: frozenset[str] = frozenset()
+    tries: frozenset[str] = frozenset()
+    unchanged: frozenset[int] = frozenset()
+
+    @property
+    def checks_frozen(self) -> bool:
+        """Whether a round tells the checksums of what is read at the end: the same on all ranks in any case."""
+        return bool(self.own.frozen or self.late)
 
     @property
     def table(self) -> MergedTable:
@@ -137,7 +147,7 @@ class AgreedSave:
         return frozenset(
             (entry.part, entry.key)
             for entry, placed in zip(table.entries, plan.layout.tensors, strict=True)
-            if placed.file in plan.frozen_files and entry.part not in self.own.frozen
+            if placed.file in plan.frozen_files - self.unchanged and entry.part not in self.own.frozen
         )
 
     def _planned(self) -> tuple[MergedTable, SavePlan]:
@@ -239,9 +249,12 @@ def agree_on_structure(comm: Comm, request: SaveRequest, cache: StructureCache, 
         own = request.collect()
         documents = _own_documents(request, own)
         collected = own, documents
-        table = digest_of(encode_table(own.table))
+        facts = own.table
+        table = digest_of(encode_table(facts))
+        late, careful = _parts_of_still(request, own, facts)
         digest = digest_of(msgspec.msgpack.encode(documents, order="sorted"))
-        return StructureBallot(table, cache.key_for(table), digest, _agreed_facts(request, own), kernel_id())
+        equal = _agreed_facts(request, own)
+        return StructureBallot(table, cache.key_for(table), digest, equal, kernel_id(), late, careful)
 
     structure = agree(
         comm, "save: structure", gather, StructureBallot, lambda ballots: _structure(ballots, cache), StructureVerdict
@@ -250,8 +263,8 @@ def agree_on_structure(comm: Comm, request: SaveRequest, cache: StructureCache, 
     own, documents = collected
     tables = exchange_tables(comm, "save: tables", own.table, structure)
     planned = _planned(comm, request, own, structure, tables, cache, buffer_bytes)
-    checks_frozen = _checks_frozen(request, own, structure.proven, planned)
-    return AgreedSave(own, documents, structure.document_senders, structure.one_host, planned, checks_frozen)
+    late, tries = frozenset(structure.late), frozenset(structure.tries)
+    return AgreedSave(own, documents, structure.document_senders, structure.one_host, planned, late, tries)
 
 
 def _planned(
@@ -268,37 +281,44 @@ def _planned(
         merged = settle(cache, structure, own.table, tables, None, comm.world_size)
         naming = _naming(own, merged)
         layout = cache.plans.layout(merged, naming, request.max_file_bytes)
-        frozen = _frozen_files(layout, request, own, structure.proven)
+        frozen = _frozen_files(layout, own, structure.late)
         plan = cache.plans.plan(merged, naming, request.max_file_bytes, comm.rank, buffer_bytes, frozen)
     except Exception as error:  # noqa: BLE001 - see above
         return error
     return merged, plan
 
 
-def _frozen_files(layout: Layout, request: SaveRequest, own: Collected, proven: Collection[str]) -> frozenset[int]:
-    """Return the files that are checksummed where they are, and written only where no earlier file has their bytes.
-
-    What is still may be changed all the same, by what is no optimizer (averages of weights, a router's bias). Where the
-    training goes on meanwhile, that must have been staged before the next step ends; so it is trusted only where it
-    lies under adapters, or has been found unchanged by the last save.
-    """
+def _frozen_files(layout: Layout, own: Collected, late: Collection[str]) -> frozenset[int]:
+    """Return the files that are checksummed where they are, and written only where no earlier file has their bytes."""
     return frozenset(
         number
         for number, file in enumerate(layout.files)
-        if file.part in own.frozen
-        or (file.is_still and (not request.in_background or file.part in own.under_adapters or file.path in proven))
+        if file.part in own.frozen or (file.is_still and file.part in late)
     )
 
 
-def _checks_frozen(
-    request: SaveRequest, own: Collected, proven: Collection[str], planned: tuple[MergedTable, SavePlan] | Exception
-) -> bool:
-    """Tell whether anything may be frozen: the same on all ranks, also on one that could not lay out files."""
-    known = own.table.facts if isinstance(planned, Exception) else planned[0].entries
-    is_trusted = not request.in_background or bool(proven)
-    return any(
-        item.part in own.frozen or (item.is_still and (is_trusted or item.part in own.under_adapters)) for item in known
-    )
+def _parts_of_still(request: SaveRequest, own: Collected, table: Table) -> tuple[list[str], list[str]]:
+    """Return the parts of which what is still may be read at the end of a save, and those of which it may not.
+
+    What is still may be changed all the same, by what is no optimizer (averages of weights, a router's bias). Where the
+    training goes on meanwhile, only what lies under adapters may wait.
+    """
+    still = {fact.part for fact in table.facts if fact.is_still}
+    late = still & own.under_adapters if request.in_background else still
+    return sorted(late), sorted(still - late)
+
+
+def plan_again(
+    request: SaveRequest,
+    cache: StructureCache,
+    agreed: AgreedSave,
+    frozen: frozenset[int],
+    rank: int,
+    buffer_bytes: int,
+) -> SavePlan:
+    """Return what this rank does where more files are frozen; raises what planning raised."""
+    naming = _naming(agreed.own, agreed.table)
+    return cache.plans.plan(agreed.table, naming, request.max_file_bytes, rank, buffer_bytes, frozen)
 
 
 def open_save(
@@ -365,8 +385,7 @@ def _agreed_facts(request: SaveRequest, collected: Collected) -> str:
     }
     position = f"epoch {run.epoch}, step {run.step}, sample {run.sample_start_index}" if run else "no position"
     # Metrics may legitimately differ (a rank's own loss): the coordinator's are stored.
-    named = sorted(collected.frozen | collected.under_adapters)
-    frozen = f", frozen {named}" if named else ""
+    frozen = f", frozen {sorted(collected.frozen)}" if collected.frozen else ""
     what = f"{request.name}: {position}, roles {list(request.roles)}, headers {headers}{frozen}"
     return f"{what}, replicas {request.check_replicas}"
 

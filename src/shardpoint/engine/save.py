@@ -25,7 +25,7 @@ from shardpoint.engine.ballots import agree
 from shardpoint.engine.committing import Committed, Verdict, Written, commit_votes, merge_written
 from shardpoint.engine.evidence import MAX_GROUPS, Details, merge_details, suspicion
 from shardpoint.engine.examining import Examination
-from shardpoint.engine.frozen import checksum_frozen, stage_frozen
+from shardpoint.engine.frozen import checksum_frozen, find_unchanged, stage_frozen
 from shardpoint.engine.gathering import ByteExchange, write_gathered
 from shardpoint.engine.opening import (
     AgreedSave,
@@ -152,7 +152,7 @@ class SaveAttempt:
 
     def abandon(self, error: BaseException) -> None:
         """Delete what was made, unless it may have been committed."""
-        self._cache.proven = frozenset()  # what was still until now may have torn the snapshot
+        self._cache.proven = frozenset()  # a save that failed proves nothing
         # Order: an attempt whose verdict is unknown is left to the next owner of the root.
         if self._coordinator.attempt is not None and not isinstance(error, CommitUnknownError):
             self._coordinator.attempt.abandon(error)
@@ -163,11 +163,13 @@ class SaveAttempt:
             self._coordinator.owner.release()
 
     def agree(self, comm: Comm) -> AgreedSave:
-        """Agree on the structure; raises as `agree_on_structure`."""
+        """Agree on the structure, and on what is unchanged; raises as what it calls."""
         request = self._request
         agreed = agree_on_structure(comm, request, self._cache, self._pool.buffer_bytes)
         self._examination = Examination(agreed, comm.rank, request.name, request.check_replicas)
-        return agreed
+        return find_unchanged(
+            self._store, comm, request, self._cache, agreed, self._coordinator, self._pool, self._examination
+        )
 
     @property
     def examination(self) -> Examination:

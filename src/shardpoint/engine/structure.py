@@ -31,6 +31,8 @@ class StructureBallot(msgspec.Struct, frozen=True):
         documents: digest of its documents.
         facts: what must be equal on all ranks, as text (name, epoch, step).
         host: the kernel that the rank runs on.
+        late: the parts of which this rank would read what is still at the end.
+        careful: the parts of which what is still must have been read before a step ends.
     """
 
     table: bytes
@@ -38,6 +40,8 @@ class StructureBallot(msgspec.Struct, frozen=True):
     documents: bytes
     facts: str
     host: str = ""
+    late: list[str] = []
+    careful: list[str] = []
 
 
 class StructureVerdict(msgspec.Struct, frozen=True):
@@ -48,14 +52,16 @@ class StructureVerdict(msgspec.Struct, frozen=True):
         table_senders: lowest rank of each kind of table -> the ranks of that kind; empty when all have it cached.
         document_senders: lowest rank of each kind of documents.
         one_host: whether all ranks run on one kernel.
-        proven: paths of the files that the last save found to have the bytes that they had before.
+        late: the parts of which no rank must be careful.
+        tries: paths of files of the other parts that may have the bytes that they had before: so the last save found.
     """
 
     key: bytes
     table_senders: list[tuple[int, list[int]]]
     document_senders: list[int]
     one_host: bool
-    proven: list[str] = []
+    late: list[str] = []
+    tries: list[str] = []
 
 
 @dataclass
@@ -108,7 +114,10 @@ def decide_structure(ballots: Sequence[StructureBallot], cache: StructureCache) 
     cached = cache.get(key) is not None and all(ballot.known == key for ballot in ballots)
     senders = [] if cached else [(ranks[0], ranks) for ranks in kinds.values()]
     one_host = len({ballot.host for ballot in ballots}) == 1
-    return StructureVerdict(key, senders, sorted(documents.values()), one_host, sorted(cache.proven))
+    careful = {part for ballot in ballots for part in ballot.careful}
+    late = {part for ballot in ballots for part in ballot.late} - careful
+    tries = sorted(cache.proven) if careful else []
+    return StructureVerdict(key, senders, sorted(documents.values()), one_host, sorted(late), tries)
 
 
 def exchange_tables(comm: Comm, topic: str, own: Table, structure: StructureVerdict) -> list[tuple[list[int], bytes]]:

@@ -208,10 +208,8 @@ def merge_tables(tables: Sequence[tuple[Sequence[int], Table]], world_size: int)
                 merged[name] = (fact, (where,))
                 continue
             first, places = known
-            if first.is_still and not fact.is_still:
-                first = fact
             clean = clean and places[-1][0] != source and _identity(first) == _identity(fact)
-            merged[name] = (first, (*places, where))
+            merged[name] = (fact if first.is_still and not fact.is_still else first, (*places, where))
     holdings: dict[_Where, tuple[Holding, ...]] = {}
     for _, places in merged.values():
         if places not in holdings:
