@@ -236,6 +236,25 @@ def test_a_step_that_trains_it_while_a_save_is_under_way(
     assert not torch.equal(expected["body.weight"], weights(state.model)["body.weight"])
 
 
+def test_a_save_of_another_structure_is_committed_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_of(1)
+    body = state.model.get_parameter("body.weight")
+    with Checkpointer(tmp_path, async_save=True, max_in_flight=3) as checkpointer:
+        unchanged_twice(checkpointer, state)
+        with slow_writer(monkeypatch):
+            body.requires_grad = True
+            between = save(checkpointer, state, 3)  # not committed yet when the next one compares with the one before
+            body.requires_grad = False
+            pending, expected = save(checkpointer, state, 4), weights(state.model)
+            step(state, 4)
+            with torch.no_grad():
+                body.mul_(0.9)
+        between.result()
+        assert pending.result().linked_bytes > 0
+    assert inode(tmp_path, 4, STILL) == inode(tmp_path, 2, STILL)
+    assert same_bits(expected, on_disk(place(tmp_path, 4) / "modeling"))
+
+
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_link_that_is_refused_after_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, changes: bool) -> None:
     state = state_of(1)

@@ -120,6 +120,7 @@ def find_unchanged(
         crcs = _whole(agreed, tried, _merge(ballots).partials)
         layout = agreed.plan.layout
         found = find_linkable(last_checkpoint(store), agreed.table, layout, tried, crcs, request.name, lambda _: None)
+        coordinator.unchanged = found
         coordinator.frozen_crcs |= {n: crc for n, crc in crcs.items() if layout.tensors[n].file in found}
         return sorted(found)
 

@@ -18,7 +18,7 @@ from shardpoint.adapters.state import RunState
 from shardpoint.comm import Comm
 from shardpoint.commit import Attempt, Committed, RootOwner, acquire_root
 from shardpoint.engine.ballots import agree
-from shardpoint.engine.linking import find_linkable, last_checkpoint
+from shardpoint.engine.linking import Linkable, find_linkable, last_checkpoint
 from shardpoint.engine.plans import SavePlan
 from shardpoint.engine.structure import (
     StructureBallot,
@@ -211,6 +211,7 @@ class CoordinatorState:
         documents: path -> contents, for the files that no rank wrote.
         frozen_crcs: entry -> checksum, of the tensors of frozen files as they are now.
         linked: file -> how many checkpoints in a row have had it.
+        unchanged: file -> where it was found with the same bytes, before a step could end.
         last: the last checkpoint, where it matters.
         proven: once it is committed, the files of still tensors that have the bytes that the last one has.
     """
@@ -222,6 +223,7 @@ class CoordinatorState:
     documents: dict[str, bytes] = field(default_factory=dict)
     frozen_crcs: dict[int, int] = field(default_factory=dict)
     linked: dict[int, int] = field(default_factory=dict)
+    unchanged: dict[int, Linkable] = field(default_factory=dict)
     last: Committed | None = None
     proven: frozenset[str] = frozenset()
 
@@ -419,9 +421,11 @@ def _open(
         coordinator.owner = acquire_root(store, listener=listener)
     if agreed.plan.frozen_files or any(file.is_still for file in layout.files):
         coordinator.last = last_checkpoint(store)
-    found = find_linkable(
-        coordinator.last, merged, layout, agreed.plan.frozen_files, coordinator.frozen_crcs, request.name, listener
-    )
+    crcs, asked = coordinator.frozen_crcs, agreed.plan.frozen_files - agreed.unchanged
+    found = find_linkable(coordinator.last, merged, layout, asked, crcs, request.name, listener)
+    # What was found then is there still, unless it was pruned; a checkpoint that was committed since may have it too.
+    found |= coordinator.unchanged
+    found |= find_linkable(coordinator.last, merged, layout, agreed.unchanged, crcs, request.name, lambda _: None)
     directories = {path.rpartition("/")[0] for path in (*coordinator.documents, *own.rank_documents)} - {""}
     coordinator.attempt = Attempt.open(
         store,
