@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shardpoint import Checkpointer, Latest, RunState, TrainState, load
 from shardpoint.catalog import verify
 from shardpoint.comm import Comm, in_process_comms
 from shardpoint.commit import find_committed
+from shardpoint.engine.opening import agree_on_structure
 from shardpoint.engine.structure import StructureCache
 from shardpoint.engine.training import training_request
 from shardpoint.errors import CheckpointError, TornSnapshotError
@@ -386,3 +388,27 @@ def test_stages_of_which_only_one_has_a_trained_base_under_adapters(tmp_path: Pa
     models = [stage("first"), stage("second")]
     models[0].get_parameter("base_model.model.first.base_layer.bias").requires_grad_()
     assert on_two_ranks(models, [True, False], tmp_path) == ["saved", "saved"]
+
+
+def test_what_one_rank_must_be_careful_with_is_read_late_by_none() -> None:
+    """Stages of which one lies under adapters; the other is frozen in part, and may be changed by anything."""
+    peft = pytest.importorskip("peft")
+    adapted: nn.Module = nn.ModuleDict({"first": nn.Linear(WIDTH, WIDTH)})
+    adapted = peft.get_peft_model(adapted, peft.LoraConfig(r=2, target_modules=["first"]))
+    plain = nn.Linear(WIDTH, WIDTH)
+    plain.weight.requires_grad = False
+    late: list[frozenset[str] | None] = [None] * 2
+
+    def run(comm: Comm, model: nn.Module) -> None:
+        state = TrainState(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        request = replace(training_request({"": state}, comm, RunState(0, 1, 1)), in_background=True)
+        late[comm.rank] = agree_on_structure(comm, request, StructureCache(), 2**24).late
+
+    for models, expected in (([adapted, plain], frozenset()), ([adapted, nn.Linear(4, 4)], frozenset({"modeling"}))):
+        ranks = zip(in_process_comms(2, stall_s=20.0), models, strict=True)
+        threads = [threading.Thread(target=run, args=rank) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert late == [expected, expected]

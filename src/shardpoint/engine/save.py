@@ -1,9 +1,9 @@
 """In which order a save happens: collect, agree on the structure, open the attempt, write, vote, commit.
 
-Three rounds, and one more each where a structure is new, where something is frozen, where small tensors are gathered,
-and where replicas differ and the ranks have to tell in what. Whatever goes wrong before the last is decided, on any
-rank, fails all ranks, and the previous checkpoint stands. A rank that voted in the last and heard no verdict does not
-know, and says so.
+Three rounds, and one more each where a structure is new, where something is frozen or may be unchanged, where small
+tensors are gathered, and where replicas differ and the ranks have to tell in what. Whatever goes wrong before the
+last is decided, on any rank, fails all ranks, and the previous checkpoint stands. A rank that voted in the last and
+heard no verdict does not know, and says so.
 """
 
 from __future__ import annotations
